@@ -1,0 +1,1 @@
+"""What stands where, and for how long: configuration, the Serve application, supervision."""

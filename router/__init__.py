@@ -1,0 +1,1 @@
+"""Requests in, streams out: gateway, text, routing. Importing this brings no torch."""

@@ -1,0 +1,25 @@
+"""What every test may use: where the reference material lies, and the bundled model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def oracles() -> Path:
+    """Reference material that this project did not write; tests that need it skip where it is absent."""
+    path = Path(os.environ.get("UNDERSTUDY_ORACLES", ROOT.parent / "shared" / "oracles"))
+    if not path.is_dir():
+        pytest.skip(f"no oracles at {path} (set UNDERSTUDY_ORACLES)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The bundled checkpoint."""
+    return ROOT / "models" / "demo"

@@ -1,0 +1,179 @@
+"""What an engine takes and gives. Plain data that travels as msgpack, and one protocol that every engine keeps.
+
+`tests/contract/test_engine.py` runs the same suite over every implementation.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Protocol
+
+import msgspec
+
+
+class FinishReason(IntEnum):
+    """Why a sequence ended. STOP_SEQUENCE and TIMEOUT are found by whoever knows text and deadlines."""
+
+    EOS = 1
+    STOP_SEQUENCE = 2
+    STOP_TOKEN = 3
+    LENGTH = 4
+    CANCELLED = 5
+    TIMEOUT = 6
+    ERROR = 7
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True):
+    """How the next token is chosen; every value is valid. `temperature` 0 is greedy."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+
+class Request(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """One sequence to make. Valid by construction: `router.validate` is the only place that checks.
+
+    `prompt` is never empty. `generated` are the tokens that the caller already has (a stream that goes on
+    elsewhere): they count towards `max_tokens` and `min_tokens`, are not emitted again, and the draws go on at
+    their positions. `len(prompt) + max_tokens` is at most the context. `logprobs` is None for none, else how many
+    of the likeliest tokens come with each token.
+    """
+
+    id: str
+    prompt: list[int]
+    max_tokens: int
+    sampling: Sampling = Sampling()
+    index: int = 0
+    generated: list[int] = []
+    min_tokens: int = 0
+    eos_ids: list[int] = []
+    stop_ids: list[int] = []
+    logprobs: int | None = None
+    cache_salt: str = ""
+    bypass_prefix_cache: bool = False
+    priority: int = 0
+
+
+class TokenLogprob(msgspec.Struct, array_like=True):
+    """Natural logarithm of a token's probability before temperature and filters; rank 1 is the likeliest.
+
+    `top` holds (token id, logprob), likeliest first, ties by token id.
+    """
+
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+class SequenceOutput(msgspec.Struct, array_like=True):
+    """What one step made for one sequence.
+
+    `token_ids` includes the token that ended it (EOS or stop token). `cached_tokens` is set in the first output
+    of a sequence: how many prompt tokens the prefix tree spared. `error` says what went wrong when `finish` is
+    ERROR.
+    """
+
+    id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish: FinishReason | None = None
+    cached_tokens: int | None = None
+    error: str = ""
+
+
+class StepOutput(msgspec.Struct, array_like=True, tag=True):
+    """One step's tokens for one session: at most one entry per sequence."""
+
+    step: int
+    outputs: list[SequenceOutput]
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What an engine is, told once."""
+
+    model: str
+    model_fingerprint: str
+    numerics_id: str
+    architecture: str
+    dtype: str
+    max_context: int
+    vocab_size: int
+    block_tokens: int
+    blocks: int
+    cache_bytes: int
+    max_running: int
+    chunk_tokens: int
+
+
+class EngineStats(msgspec.Struct):
+    """Counts at one moment; those without a present tense run since the start."""
+
+    running: int = 0
+    waiting: int = 0
+    waiting_prefill_tokens: int = 0
+    blocks_in_use: int = 0
+    blocks_cached: int = 0
+    steps: int = 0
+    generated_tokens: int = 0
+    computed_prompt_tokens: int = 0
+    hit_tokens: int = 0
+    queried_tokens: int = 0
+    preemptions: int = 0
+
+
+class EngineConfig(msgspec.Struct, frozen=True):
+    """Sizes and choices of one engine; None is 'from the model and the machine'.
+
+    `dtype` is auto, float32, bfloat16 or float16. `kernels` is auto, native or plain. `threads` is of computation.
+    """
+
+    model_dir: str
+    name: str = ""
+    dtype: str = "auto"
+    device: str = "cpu"
+    kernels: str = "auto"
+    max_context: int | None = None
+    cache_bytes: int | None = None
+    chunk_tokens: int | None = None
+    max_running: int | None = None
+    threads: int | None = None
+    prefix_cache: bool = True
+
+
+class Engine(Protocol):
+    """Makes tokens. One thread calls `step`; `add` and `cancel` are called between steps by the same thread.
+
+    `workers.engine.loop.EngineLoop` owns that thread and is what others talk to.
+    """
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def add(self, request: Request) -> None:
+        """Queues a sequence. Its id is not in use. Never blocks, never fails for want of room: it waits."""
+
+    def cancel(self, id: str) -> None:
+        """Ends a sequence; its blocks are free before the step after next. Unknown ids are ignored.
+
+        The next `step` reports it with CANCELLED unless it had already finished.
+        """
+
+    def step(self) -> list[SequenceOutput]:
+        """Runs one step and returns what it made, in the order of admission. Empty when there is nothing to do.
+
+        A failure of the forward ends only the sequences of that step, each with ERROR and the reason.
+        """
+
+    def has_work(self) -> bool:
+        """Whether `step` would do anything."""
+
+    def stats(self) -> EngineStats: ...
+
+    def check_idle(self) -> None:
+        """Raises RuntimeError when anything is still held though no sequence is there. For tests and shutdown."""
+
+    def close(self) -> None:
+        """Gives back memory and threads. Idempotent."""

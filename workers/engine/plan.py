@@ -1,0 +1,35 @@
+"""One step's work, as integers: what the scheduler writes and the runner reads. No torch here."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Consecutive rows of one sequence.
+
+    Row i of the chunk is token `tokens[i]` at absolute position `start + i`. `tables[g]` is the sequence's block
+    table in cache group g: entry b holds the positions [b * block, (b + 1) * block), so that a row at position p
+    is written to block `tables[g][p // block]`; it may be longer than needed. Entries that lie wholly behind a
+    group's window may be -1: they are never read. `sample` says that the last row's logits are wanted.
+    """
+
+    id: str
+    start: int
+    tokens: list[int]
+    tables: tuple[array[int], ...]  # each array('i')
+    sample: bool
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """Chunks in order; the rows of a step are their concatenation, T in all."""
+
+    step: int
+    chunks: list[Chunk] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return sum(len(c.tokens) for c in self.chunks)
