@@ -1,0 +1,264 @@
+"""An engine without a model: the same contract, tokens from a hash. For tests of whatever talks to an engine, and to
+measure the service around it.
+
+The token at position i of an answer depends on the prompt, the seed, the sequence index and i alone, so that an
+answer that goes on in another fake goes on identically.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from workers.engine.contract import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    Request,
+    SequenceOutput,
+    TokenLogprob,
+)
+
+BLOCK_TOKENS = 16
+_MASK = (1 << 64) - 1
+
+
+@dataclass(slots=True)
+class _Running:
+    """A sequence and how far it is. `left` is how many prompt tokens still have to be 'computed'."""
+
+    request: Request
+    key: int
+    left: int
+    made: int
+    cached: int
+    blocks: list[bytes]
+    reported: bool = False
+
+
+def fake_token(key: int, position: int, vocab_size: int) -> int:
+    """The token at `position` of the answer of key `key`: splitmix64 of both, modulo the vocabulary."""
+    z = (key + 0x9E3779B97F4A7C15 * (position + 1)) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return (z ^ (z >> 31)) % vocab_size
+
+
+class FakeEngine:
+    """Keeps the contract of `Engine`.
+
+    `step_s` is how long a step takes: seconds, or a function of its rows; it is spent in `sleep`. `answer` gives the
+    tokens of a request's answer from its start (`generated` included); after them comes the first EOS id, or,
+    without one, hashed tokens. More than
+    `max_running` sequences wait.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 512,
+        max_context: int = 2048,
+        max_running: int = 64,
+        chunk_tokens: int = 512,
+        blocks: int = 4096,
+        step_s: float | Callable[[int], float] = 0.0,
+        sleep: Callable[[float], None] = time.sleep,
+        answer: Callable[[Request], Sequence[int]] | None = None,
+        model: str = "fake",
+        fingerprint: str = "fake",
+        numerics_id: str = "fake",
+    ) -> None:
+        self._info = EngineInfo(
+            model=model,
+            model_fingerprint=fingerprint,
+            numerics_id=numerics_id,
+            architecture="Fake",
+            dtype="float32",
+            max_context=max_context,
+            vocab_size=vocab_size,
+            block_tokens=BLOCK_TOKENS,
+            blocks=blocks,
+            cache_bytes=0,
+            max_running=max_running,
+            chunk_tokens=chunk_tokens,
+        )
+        self._step_s = step_s if callable(step_s) else lambda _rows, seconds=step_s: seconds
+        self._sleep = sleep
+        self._answer = answer
+        self._waiting: dict[str, Request] = {}
+        self._running: dict[str, _Running] = {}
+        self._ended: list[SequenceOutput] = []  # cancelled or refused, told by the next step
+        self._cached: dict[bytes, None] = {}  # block keys, oldest first
+        self._stats = EngineStats()
+        self._failures: list[Exception] = []
+        self._poison: dict[str, str] = {}
+        self.closed = False
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    # Failures on demand.
+
+    def fail_next_step(self, error: Exception) -> None:
+        """The next step raises `error`, as an engine with a fault of its own does."""
+        self._failures.append(error)
+
+    def fail_sequence(self, id: str, reason: str) -> None:
+        """The next step that runs this sequence ends it with ERROR, as a failed forward does. Ids inside a loop
+        carry their session's number: any id that equals `id` or ends with `:id` is meant."""
+        self._poison[id] = reason
+
+    # The contract.
+
+    def add(self, request: Request) -> None:
+        limit = self._info.max_context
+        if len(request.prompt) + request.max_tokens > limit:
+            reason = f"{len(request.prompt)} prompt tokens and {request.max_tokens} more exceed the context of {limit}"
+            self._ended.append(SequenceOutput(request.id, [], finish=FinishReason.ERROR, error=reason))
+            return
+        self._waiting[request.id] = request
+
+    def cancel(self, id: str) -> None:
+        known = self._waiting.pop(id, None) or self._running.pop(id, None)
+        if known is not None:
+            self._ended.append(SequenceOutput(id, [], finish=FinishReason.CANCELLED))
+
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running or self._ended)
+
+    def step(self) -> list[SequenceOutput]:
+        if self._failures:
+            raise self._failures.pop(0)
+        outputs, self._ended = self._ended, []
+        self._admit()
+        rows, ready = self._schedule()
+        if rows:
+            self._stats.steps += 1
+            seconds = self._step_s(rows)
+            if seconds > 0:
+                self._sleep(seconds)
+        outputs += [self._advance(sequence) for sequence in ready]
+        return outputs
+
+    def stats(self) -> EngineStats:
+        s = self._stats
+        s.running, s.waiting = len(self._running), len(self._waiting)
+        waiting = sum(len(r.prompt) for r in self._waiting.values())
+        s.waiting_prefill_tokens = waiting + sum(r.left for r in self._running.values() if not r.reported)
+        s.blocks_in_use = sum(len(r.request.prompt) + r.made for r in self._running.values()) // BLOCK_TOKENS
+        s.blocks_cached = len(self._cached)
+        return s
+
+    def check_idle(self) -> None:
+        if self._running or self._waiting or self._ended:
+            held = [*self._waiting, *self._running, *(o.id for o in self._ended)]
+            raise RuntimeError(f"not idle: {held}")
+
+    def close(self) -> None:
+        self.closed = True
+
+    # One step.
+
+    def _admit(self) -> None:
+        for id in sorted(self._waiting, key=lambda i: -self._waiting[i].priority):
+            if len(self._running) >= self._info.max_running:
+                return
+            self._running[id] = self._start(self._waiting.pop(id))
+
+    def _start(self, request: Request) -> _Running:
+        s = request.sampling
+        digest = hashlib.blake2b(repr((request.prompt, s.seed, request.index)).encode(), digest_size=8).digest()
+        keys, cached = self._blocks(request), 0
+        if not request.bypass_prefix_cache:
+            for key in keys:
+                if key not in self._cached:
+                    break
+                cached += BLOCK_TOKENS
+            self._stats.queried_tokens += len(request.prompt)
+            self._stats.hit_tokens += cached
+        left = len(request.prompt) + len(request.generated) - cached
+        return _Running(request, int.from_bytes(digest, "little"), left, len(request.generated), cached, keys)
+
+    def _blocks(self, request: Request) -> list[bytes]:
+        """Keys of the full blocks of a prompt, each over its parent; the last token is always left to compute."""
+        keys, parent = [], request.cache_salt.encode()
+        for end in range(BLOCK_TOKENS, len(request.prompt), BLOCK_TOKENS):
+            parent = hashlib.blake2b(parent + repr(request.prompt[end - BLOCK_TOKENS : end]).encode()).digest()
+            keys.append(parent)
+        return keys
+
+    def _schedule(self) -> tuple[int, list[_Running]]:
+        """Rows of this step, and who gets a token from it: decoding first, then prefills share the rest."""
+        decoding = [r for r in self._running.values() if r.left == 0]
+        ready, rows = list(decoding), len(decoding)
+        budget = self._info.chunk_tokens
+        for sequence in self._running.values():
+            if sequence.left and budget > 0:
+                take = min(sequence.left, budget)
+                budget, rows, sequence.left = budget - take, rows + take, sequence.left - take
+                self._stats.computed_prompt_tokens += take
+                if sequence.left == 0:
+                    ready.append(sequence)
+        return rows, ready
+
+    def _advance(self, sequence: _Running) -> SequenceOutput:
+        request, output = sequence.request, SequenceOutput(sequence.request.id, [])
+        if not sequence.reported:
+            sequence.reported, output.cached_tokens = True, sequence.cached
+            self._cached.update(dict.fromkeys(sequence.blocks))
+            while len(self._cached) > self._info.blocks:
+                del self._cached[next(iter(self._cached))]
+        reason = self._poisoned(request.id)
+        if reason is not None:
+            output.finish, output.error = FinishReason.ERROR, reason
+        elif (over := finish_of(request, sequence.made, request.generated[-1:])) is not None:
+            output.finish = over  # `generated` was the whole answer already
+        else:
+            token = self._next(sequence)
+            sequence.made += 1
+            self._stats.generated_tokens += 1
+            output.token_ids = [token]
+            if request.logprobs is not None:
+                output.logprobs = [self._logprob(token, request.logprobs)]
+            output.finish = finish_of(request, sequence.made, [token])
+        if output.finish is not None:
+            del self._running[request.id]
+        return output
+
+    def _poisoned(self, id: str) -> str | None:
+        for name in (id, id.partition(":")[2]):
+            if name in self._poison:
+                return self._poison.pop(name)
+        return None
+
+    def _next(self, sequence: _Running) -> int:
+        request, position = sequence.request, sequence.made
+        scripted = self._answer(request) if self._answer is not None else None
+        if scripted is not None and position < len(scripted):
+            return scripted[position]
+        early = position < request.min_tokens
+        if scripted is not None and request.eos_ids and not early:
+            return request.eos_ids[0]
+        barred = {*request.eos_ids, *request.stop_ids} if early else set()
+        token = fake_token(sequence.key, position, self._info.vocab_size)
+        while token in barred:
+            token = (token + 1) % self._info.vocab_size
+        return token
+
+    def _logprob(self, token: int, count: int) -> TokenLogprob:
+        count = min(count, self._info.vocab_size)
+        top = [((token + i) % self._info.vocab_size, -0.25 - i) for i in range(count)]
+        return TokenLogprob(-0.25, 1, top)
+
+
+def finish_of(request: Request, made: int, last: Sequence[int]) -> FinishReason | None:
+    """Why a sequence with `made` answer tokens, the last of them in `last`, is over; None when it goes on."""
+    if made > request.min_tokens and last:
+        if last[0] in request.eos_ids:
+            return FinishReason.EOS
+        if last[0] in request.stop_ids:
+            return FinishReason.STOP_TOKEN
+    return FinishReason.LENGTH if made >= request.max_tokens else None
