@@ -11,13 +11,33 @@ from understudy import errors
 from understudy.errors import UnderstudyError
 
 if TYPE_CHECKING:
-    from understudy.aio import AsyncClient
-    from understudy.client import Client
+    from understudy.aio import AsyncClient, AsyncStream
+    from understudy.client import Client, Stream
+    from understudy.types import Completion, Finish, FinishReason, Piece, PromptInfo, Retry, Tls
 
 __version__ = "0.1.0"
-__all__ = ["AsyncClient", "Client", "UnderstudyError", "errors"]
+__all__ = [
+    "AsyncClient",
+    "AsyncStream",
+    "Client",
+    "Completion",
+    "Finish",
+    "FinishReason",
+    "Piece",
+    "PromptInfo",
+    "Retry",
+    "Stream",
+    "Tls",
+    "UnderstudyError",
+    "errors",
+]
 
-_LAZY = {"Client": "understudy.client", "AsyncClient": "understudy.aio"}
+_LAZY = {
+    "AsyncClient": "understudy.aio",
+    "AsyncStream": "understudy.aio",
+    "Client": "understudy.client",
+    "Stream": "understudy.client",
+} | dict.fromkeys(("Completion", "Finish", "FinishReason", "Piece", "PromptInfo", "Retry", "Tls"), "understudy.types")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,232 @@
+"""The state machine of one answer, without a server: no gap, nothing twice, whatever breaks where."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from understudy import Retry, errors
+from understudy._attempts import Attempts
+from understudy._request import generate_request
+from understudy._stream import StreamState
+from understudy.v1 import inference_pb2 as pb
+
+INFO = pb.PromptInfo(
+    request_id="r", model="m", model_fingerprint="f", numerics_id="n", prompt_token_ids=[1, 2], prompt_tokens=2, seed=9
+)
+GONE = errors.Unavailable("gone")
+
+
+def state(n: int | None = None, **retry: float) -> StreamState:
+    attempts = Attempts(Retry(**({"resume_attempts": 10_000} | retry)), 2, 0, None, random.Random(0))  # type: ignore[arg-type]
+    return StreamState(generate_request([1, 2], {"n": n}), attempts)
+
+
+def info(**other: object) -> pb.GenerateResponse:
+    message = pb.PromptInfo()
+    message.CopyFrom(INFO)
+    for name, value in other.items():
+        setattr(message, name, value)
+    return pb.GenerateResponse(prompt_info=message)
+
+
+def delta(*ids: int, index: int = 0) -> pb.GenerateResponse:
+    return pb.GenerateResponse(delta=pb.Delta(index=index, text="".join(f"<{i}>" for i in ids), token_ids=ids))
+
+
+def finish(index: int = 0, reason: int = pb.FINISH_REASON_EOS) -> pb.GenerateResponse:
+    return pb.GenerateResponse(finish=pb.Finish(index=index, reason=reason))  # type: ignore[arg-type]
+
+
+def rest(answers: list[list[int]], request: pb.GenerateRequest, sizes: st.DataObject) -> list[pb.GenerateResponse]:
+    """What a correct server sends for `request`: interleaved, in deltas of any size, finished sequences again."""
+    had = {s.index: list(s.token_ids) for s in request.resume.sequences}
+    queues = []
+    for index, ids in enumerate(answers):
+        received = had.get(index, [])
+        assert ids[: len(received)] == received, "the client claims tokens that were never sent"
+        left, queue = ids[len(received) :], []
+        while left:
+            size = sizes.draw(st.integers(1, len(left)))
+            queue.append(delta(*left[:size], index=index))
+            left = left[size:]
+        queues.append([*queue, finish(index)])
+    messages = [info()]
+    while any(queues):
+        queue = sizes.draw(st.sampled_from([q for q in queues if q]))
+        messages.append(queue.pop(0))
+    return messages
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 9), max_size=8), min_size=1, max_size=4),
+    st.lists(st.integers(0, 12), max_size=8),
+    st.data(),
+)
+def test_whatever_breaks_the_caller_sees_one_whole_answer(
+    answers: list[list[int]], breaks: list[int], data: st.DataObject
+) -> None:
+    s = state(n=len(answers), attempts=100)
+    seen: list[list[int]] = [[] for _ in answers]
+    texts = ["" for _ in answers]
+    for at in [*breaks, None]:
+        messages = rest(answers, s.request(), data)
+        for message in messages[:at]:
+            piece = s.receive(message)
+            if piece is not None:
+                seen[piece.index] += piece.token_ids
+                texts[piece.index] += piece.text
+        broke = at is not None
+        again = s.ended(GONE if broke else None, now=0.0)
+        if again is None:
+            break
+        assert broke
+    assert seen == answers
+    assert texts == ["".join(f"<{i}>" for i in ids) for ids in answers]
+    completion = s.completion()
+    assert [list(c.token_ids) for c in completion.choices] == answers
+    assert [c.text for c in completion.choices] == texts
+
+
+def test_the_request_is_the_callers_until_the_prompt_is_known() -> None:
+    s = state()
+    plain = s.request()
+    s.ended(GONE, 0.0)
+    assert s.request() == plain
+    assert plain.response.token_ids
+    s.receive(info())
+    s.ended(GONE, 0.0)
+    assert s.request().resume == pb.Resume(model_fingerprint="f", numerics_id="n", prompt_token_ids=[1, 2], seed=9)
+    assert not plain.HasField("resume")
+
+
+def test_a_sequence_is_listed_once_something_of_it_came() -> None:
+    s = state(n=3)
+    s.request()
+    for message in (info(), delta(5, 6, index=2), finish(1), delta(7, index=2)):
+        s.receive(message)
+    resumed = s.request().resume
+    assert [(q.index, list(q.token_ids)) for q in resumed.sequences] == [(1, []), (2, [5, 6, 7])]
+
+
+@pytest.mark.parametrize("name", ["model_fingerprint", "numerics_id", "seed"])
+def test_a_stream_that_goes_on_differently_is_refused(name: str) -> None:
+    s = state()
+    s.request()
+    s.receive(info())
+    s.ended(GONE, 0.0)
+    s.request()
+    with pytest.raises(errors.CannotResume, match=name):
+        s.receive(info(**{name: 1 if name == "seed" else "other"}))
+
+
+def test_the_first_prompt_info_stays() -> None:
+    s = state()
+    s.request()
+    s.receive(info())
+    first = s.prompt
+    s.ended(GONE, 0.0)
+    s.request()
+    s.receive(info(request_id="other"))
+    assert s.prompt is first
+
+
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        ([delta(1)], "delta before prompt_info"),
+        ([finish()], "finish before prompt_info"),
+        ([pb.GenerateResponse()], "unknown event before"),
+        ([info(), info()], "twice"),
+        ([info(), delta(1, index=1)], "sequence 1 of 1"),
+        ([info(), finish(reason=77)], "finish reason 77"),
+        ([info(), finish(reason=0)], "finish reason 0"),
+    ],
+    ids=["delta", "finish", "nothing", "twice", "index", "reason", "unspecified"],
+)
+def test_a_broken_protocol_is_said_loudly(messages: list[pb.GenerateResponse], complaint: str) -> None:
+    s = state()
+    s.request()
+    for message in messages[:-1]:
+        s.receive(message)
+    with pytest.raises(errors.InternalError, match=complaint):
+        s.receive(messages[-1])
+
+
+def test_an_end_before_the_finish_is_an_error() -> None:
+    s = state()
+    s.request()
+    s.receive(info())
+    with pytest.raises(errors.InternalError, match="before the answer was whole"):
+        s.ended(None, 0.0)
+
+
+def test_events_of_a_later_version_are_passed_over() -> None:
+    s = state()
+    s.request()
+    s.receive(info())
+    assert s.receive(pb.GenerateResponse()) is None
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "raised"),
+    [
+        (pb.FINISH_REASON_EOS, GONE, None),
+        (pb.FINISH_REASON_EOS, errors.DeadlineExceeded("late"), None),
+        (pb.FINISH_REASON_TIMEOUT, None, None),
+        (pb.FINISH_REASON_TIMEOUT, errors.DeadlineExceeded("late"), errors.DeadlineExceeded),
+        (pb.FINISH_REASON_CANCELLED, errors.Cancelled("by the service"), errors.Cancelled),
+    ],
+    ids=["gone", "late", "timeout", "timeout-late", "cancelled"],
+)
+def test_a_status_after_the_finish(
+    reason: int, status: errors.UnderstudyError | None, raised: type[errors.UnderstudyError] | None
+) -> None:
+    s = state()
+    s.request()
+    for message in (info(), delta(1), finish(reason=reason)):
+        s.receive(message)
+    if raised is None:
+        assert s.ended(status, 0.0) is None
+    else:
+        with pytest.raises(raised):
+            s.ended(status, 0.0)
+    assert s.text(0) == "<1>"
+
+
+def test_crashes_without_progress_are_bounded() -> None:
+    s = state(resume_attempts=3)
+    for _ in range(3):
+        s.request()
+        s.receive(info())  # a repeated prompt_info is no progress
+        assert s.ended(GONE, 0.0) is not None
+    with pytest.raises(errors.Unavailable):
+        s.ended(GONE, 0.0)
+
+
+def test_progress_counts_the_breaks_anew() -> None:
+    s = state(resume_attempts=1)
+    for k in range(20):
+        s.request()
+        s.receive(info())
+        s.receive(delta(k))
+        assert s.ended(GONE, 0.0) is not None
+    assert s.token_ids(0) == tuple(range(20))
+
+
+def test_what_comes_after_a_finish_is_dropped() -> None:
+    s = state(n=2)
+    s.request()
+    for message in (info(), delta(1), finish()):
+        s.receive(message)
+    s.ended(GONE, 0.0)
+    s.request()
+    s.receive(info())
+    assert s.receive(delta(2)) is None
+    s.receive(finish(reason=pb.FINISH_REASON_LENGTH))
+    assert s.token_ids(0) == (1,)
+    assert [f.reason for f in s.finishes()] == ["FINISH_REASON_EOS"]
+    assert not s.complete

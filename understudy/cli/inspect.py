@@ -1,0 +1,109 @@
+"""`understudy models` and `understudy status`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from understudy.cli import common
+from understudy.cli.common import Address, Admin, Connection, Json, Timeout, TlsCa, TlsCert, TlsKey, Token, UseTls
+
+if TYPE_CHECKING:
+    from understudy.v1 import admin_pb2
+
+
+def models(
+    json: Json = False,
+    address: Address = common.ADDRESS,
+    token: Token = None,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    timeout: Timeout = 10.0,
+) -> None:
+    """List the models that a service answers for."""
+    with Connection(address, token, tls, tls_ca, tls_cert, tls_key, timeout).open() as client:
+        found = client.models()
+    if json:
+        typer.echo(common.as_json({"models": found}))
+        return
+    rows = [
+        (m.name, m.architecture, m.dtype, f"{m.max_context:,}", f"{m.vocab_size:,}", m.model_fingerprint[:12])
+        for m in found
+    ]
+    _table("", ("model", "architecture", "dtype", "context", "vocabulary", "fingerprint"), rows)
+
+
+def status(
+    admin: Admin = common.ADMIN,
+    json: Json = False,
+    token: Token = None,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    timeout: Timeout = 10.0,
+) -> None:
+    """Show models, replicas, processes and caches of a running service."""
+    with Connection(admin, token, tls, tls_ca, tls_cert, tls_key, timeout).open() as client:
+        found = client.status()
+    if json:
+        typer.echo(common.as_json(found))
+        return
+    typer.echo(f"understudy {found.version}, up for {found.uptime_s:,.0f} s")
+    _table(
+        "models",
+        ("model", "ready", "wanted", "fingerprint", "numerics"),
+        [
+            (m.name, str(m.replicas_ready), str(m.replicas_wanted), m.model_fingerprint[:12], m.numerics_id)
+            for m in found.models
+        ],
+    )
+    _table(
+        "replicas",
+        ("id", "model", "state", "node", "epoch", "running", "waiting", "tokens made", "cache", "hits"),
+        [_replica(replica) for replica in found.replicas],
+    )
+    _table(
+        "processes",
+        ("role", "pid", "node", "replica", "rank"),
+        [(p.role, str(p.pid), p.node, p.replica, str(p.rank) if p.role == "shard" else "") for p in found.processes],
+    )
+
+
+def _replica(replica: admin_pb2.Replica) -> tuple[str, ...]:
+    from understudy.v1 import admin_pb2
+
+    state = admin_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_").lower()
+    cache = replica.cache
+    used = f"{cache.blocks_in_use:,} + {cache.blocks_cached:,} of {cache.blocks_total:,}"
+    hits = f"{cache.hit_tokens / cache.queried_tokens:.0%}" if cache.queried_tokens else "-"
+    return (
+        replica.id,
+        replica.model,
+        f"{state}: {replica.cause}" if replica.cause else state,
+        replica.node,
+        str(replica.epoch),
+        str(replica.running),
+        str(replica.waiting),
+        f"{replica.generated_tokens:,}",
+        used,
+        hits,
+    )
+
+
+def _table(title: str, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    """Prints a table; names that come from a server are shown as they are, not read as markup."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table: Any = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console().print(table)

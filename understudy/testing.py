@@ -1,0 +1,266 @@
+"""A service without a model, for the tests of programs that use a client.
+
+`FakeServer` speaks the real API on a real port, answers what it is told to, and breaks streams on demand:
+
+    with FakeServer("Hello, world") as server, Client(server.address) as client:
+        server.break_after(3)
+        assert client.complete("Hi").text == "Hello, world"
+
+Its tokens are Unicode code points. It honours `max_tokens`, `stop`, `n`, `logprobs` and `resume`, and no other option.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import grpc
+from google.protobuf.wrappers_pb2 import Int64Value, StringValue
+
+from understudy import errors
+from understudy._channel import DETOKENIZE, GENERATE, GET_STATUS, HEALTH, LIST_MODELS, TOKENIZE, Method, Req, Res
+from understudy._status import to_status
+from understudy.v1 import admin_pb2
+from understudy.v1 import inference_pb2 as pb
+
+Answer = str | Callable[[pb.GenerateRequest, int], str]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that the server took: its message, and its metadata without gRPC's own."""
+
+    message: pb.GenerateRequest
+    metadata: dict[str, str | bytes]
+
+
+class FakeServer:
+    """Answers every prompt with `answer`, a text or a function of request and sequence index.
+
+    `piece` is the number of tokens in a delta. `calls` lists the Generate calls in the order in which they came;
+    `cancelled` is set when one of them was cancelled by its client.
+    """
+
+    def __init__(
+        self,
+        answer: Answer = "Hello, world",
+        *,
+        piece: int = 1,
+        model: str = "fake",
+        model_fingerprint: str = "fake-weights",
+        numerics_id: str = "fake-numerics",
+        max_context: int = 4096,
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
+        self.calls: list[Call] = []
+        self.cancelled = threading.Event()
+        self.serving = True
+        self.status = admin_pb2.GetStatusResponse(version="fake")
+        self.model = pb.Model(
+            name=model,
+            model_fingerprint=model_fingerprint,
+            numerics_id=numerics_id,
+            max_context=max_context,
+            vocab_size=0x110000,
+            dtype="float32",
+            architecture="FakeForCausalLM",
+        )
+        self._answer = answer
+        self._piece = piece
+        self._credentials = credentials
+        self._breaks: deque[tuple[int, errors.UnderstudyError | None]] = deque()
+        self._server: grpc.Server | None = None
+        self._port = 0
+
+    @property
+    def address(self) -> str:
+        """`host:port`; the port is chosen by the first start and kept by later ones."""
+        return f"127.0.0.1:{self._port}"
+
+    def break_after(self, messages: int, error: errors.UnderstudyError | None = None) -> None:
+        """A Generate call to come, the next one that has no break yet, ends with `error` (UNAVAILABLE unless told
+        otherwise) once it has sent that many messages, PromptInfo included."""
+        self._breaks.append((messages, error or errors.Unavailable("broken by the test")))
+
+    def hold_after(self, messages: int) -> None:
+        """As `break_after`, but it then sends nothing more and waits until the client goes away."""
+        self._breaks.append((messages, None))
+
+    def start(self) -> FakeServer:
+        """Starts, again after a stop too."""
+        self._server = grpc.server(ThreadPoolExecutor(16, "fake-server"))
+        self._server.add_generic_rpc_handlers((self._inference(), self._admin(), self._health()))
+        address = f"127.0.0.1:{self._port}"
+        if self._credentials is None:
+            self._port = self._server.add_insecure_port(address)
+        else:
+            self._port = self._server.add_secure_port(address, self._credentials)
+        self._server.start()
+        return self
+
+    def stop(self) -> None:
+        """Cuts every connection at once and gives up the port. Idempotent."""
+        if self._server is not None:
+            self._server.stop(None).wait()
+            self._server = None
+
+    def __enter__(self) -> FakeServer:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _inference(self) -> grpc.GenericRpcHandler:
+        generate = grpc.unary_stream_rpc_method_handler(
+            self._generate, request_deserializer=GENERATE.parse_request, response_serializer=GENERATE.serialize_response
+        )
+        return grpc.method_handlers_generic_handler(
+            GENERATE.service,
+            {
+                "Generate": generate,
+                "Tokenize": _unary(TOKENIZE, self._tokenize),
+                "Detokenize": _unary(DETOKENIZE, self._detokenize),
+                "ListModels": _unary(LIST_MODELS, lambda _: pb.ListModelsResponse(models=[self.model])),
+            },
+        )
+
+    def _admin(self) -> grpc.GenericRpcHandler:
+        handlers = {"GetStatus": _unary(GET_STATUS, lambda _: self.status)}
+        return grpc.method_handlers_generic_handler(GET_STATUS.service, handlers)
+
+    def _health(self) -> grpc.GenericRpcHandler:
+        def check(request: StringValue) -> Int64Value:
+            if request.value not in ("", GENERATE.service):
+                raise errors.ModelNotFound(f"no service {request.value!r}")
+            return Int64Value(value=1 if self.serving else 2)
+
+        return grpc.method_handlers_generic_handler(HEALTH.service, {"Check": _unary(HEALTH, check)})
+
+    def _tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
+        ids = [ord(c) for c in request.text]
+        return pb.TokenizeResponse(token_ids=ids, texts=list(request.text), max_context=self.model.max_context)
+
+    def _detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
+        return pb.DetokenizeResponse(text="".join(map(chr, request.token_ids)))
+
+    def _generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[pb.GenerateResponse]:
+        metadata = {key: value for key, value in context.invocation_metadata() if key != "user-agent"}
+        self.calls.append(Call(request, metadata))
+        limit, error = self._breaks.popleft() if self._breaks else (None, None)
+        sent = 0
+        try:
+            for response in self._responses(request):
+                if sent == limit:
+                    break
+                yield response
+                sent += 1
+            if limit is None:
+                return
+            if error is None:
+                self._hold(context)
+                return
+        except GeneratorExit:  # the client went away between two messages
+            self.cancelled.set()
+            raise
+        except errors.UnderstudyError as refused:
+            error = refused
+        _abort(context, error)
+
+    def _hold(self, context: grpc.ServicerContext) -> None:
+        gone = threading.Event()
+        if context.add_callback(gone.set):
+            gone.wait()
+        self.cancelled.set()
+
+    def _responses(self, request: pb.GenerateRequest) -> Iterator[pb.GenerateResponse]:
+        """The whole answer, or the rest of a resumed one; sequences take turns."""
+        if request.model not in ("", self.model.name):
+            raise errors.ModelNotFound(f"no model {request.model!r}; there is {self.model.name!r}")
+        info = self._prompt_info(request)
+        received = self._received(request, info)
+        yield pb.GenerateResponse(prompt_info=info)
+        running = {i: self._sequence(request, i, received.get(i, 0)) for i in range(request.sampling.n or 1)}
+        while running:
+            for index, sequence in list(running.items()):
+                response = next(sequence, None)
+                if response is None:
+                    del running[index]
+                else:
+                    yield response
+
+    def _prompt_info(self, request: pb.GenerateRequest) -> pb.PromptInfo:
+        ids = list(request.token_ids.ids) or [ord(c) for c in request.text]
+        if not ids:
+            raise errors.InvalidRequest("is empty; give text or token ids", "prompt")
+        return pb.PromptInfo(
+            request_id=request.request_id or "fake-request",
+            model=self.model.name,
+            model_fingerprint=self.model.model_fingerprint,
+            numerics_id=self.model.numerics_id,
+            prompt_token_ids=ids,
+            prompt_tokens=len(ids),
+            seed=request.sampling.seed,
+        )
+
+    def _received(self, request: pb.GenerateRequest, info: pb.PromptInfo) -> dict[int, int]:
+        """How many tokens of each sequence the client has. CannotResume where they are not a start of ours."""
+        if not request.HasField("resume"):
+            return {}
+        for name in ("model_fingerprint", "numerics_id", "prompt_token_ids", "seed"):
+            if getattr(request.resume, name) != getattr(info, name):
+                raise errors.CannotResume(f"resume.{name} is another")
+        for state in request.resume.sequences:
+            had = "".join(map(chr, state.token_ids))
+            if not self._text(request, state.index).startswith(had):
+                raise errors.CannotResume(f"sequence {state.index} did not begin with {had!r} here")
+        return {state.index: len(state.token_ids) for state in request.resume.sequences}
+
+    def _text(self, request: pb.GenerateRequest, index: int) -> str:
+        return self._answer if isinstance(self._answer, str) else self._answer(request, index)
+
+    def _sequence(self, request: pb.GenerateRequest, index: int, start: int) -> Iterator[pb.GenerateResponse]:
+        text, finish = self._text(request, index), pb.Finish(index=index, reason=pb.FINISH_REASON_EOS)
+        found = [(at, stop) for stop in request.stopping.stop if (at := text.find(stop)) >= 0]
+        if found:
+            at, finish.stop = min(found)
+            finish.reason, text = pb.FINISH_REASON_STOP_SEQUENCE, text[:at]
+        if request.stopping.HasField("max_tokens") and len(text) >= request.stopping.max_tokens:
+            finish.reason, text = pb.FINISH_REASON_LENGTH, text[: request.stopping.max_tokens]
+            finish.ClearField("matched")
+        for at in range(start, len(text), self._piece):
+            yield pb.GenerateResponse(delta=_delta(request, index, text[at : at + self._piece]))
+        prompt_tokens = len(request.token_ids.ids) or len(request.text)
+        finish.usage.CopyFrom(pb.Usage(prompt_tokens=prompt_tokens, completion_tokens=len(text)))
+        yield pb.GenerateResponse(finish=finish)
+
+
+def _delta(request: pb.GenerateRequest, index: int, text: str) -> pb.Delta:
+    delta = pb.Delta(index=index, text=text, token_ids=[ord(c) for c in text])
+    if request.response.HasField("logprobs"):
+        for char in text:
+            top = [pb.TopLogprob(token_id=ord(char), text=char, logprob=-0.5)] if request.response.logprobs else []
+            delta.logprobs.add(token_id=ord(char), text=char, logprob=-0.5, rank=1, top=top)
+    return delta
+
+
+def _unary(method: Method[Req, Res], behaviour: Callable[[Req], Res]) -> grpc.RpcMethodHandler[Req, Res]:
+    def handle(request: Req, context: grpc.ServicerContext) -> Res:
+        try:
+            return behaviour(request)
+        except errors.UnderstudyError as error:
+            _abort(context, error)
+            raise
+
+    return grpc.unary_unary_rpc_method_handler(handle, method.parse_request, method.serialize_response)
+
+
+def _abort(context: grpc.ServicerContext, error: errors.UnderstudyError) -> None:
+    code, message, metadata = to_status(error)
+    context.set_trailing_metadata(metadata)
+    context.abort(code, message)
