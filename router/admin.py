@@ -1,0 +1,95 @@
+"""The operators' service, on a port of its own."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import grpc
+from grpc_reflection.v1alpha import reflection
+
+from router.interceptors import CallInterceptor, Tokens
+from router.metrics import Metrics
+from router.server import GatewayConfig, bind, server_options
+from router.state import ReplicaView, State
+from understudy.v1 import admin_pb2 as pb
+from understudy.v1 import admin_pb2_grpc
+
+SERVICE = "understudy.v1.Admin"
+
+_STATES = {
+    State.READY: pb.REPLICA_STATE_READY,
+    State.DRAINING: pb.REPLICA_STATE_DRAINING,
+    State.LOST: pb.REPLICA_STATE_LOST,
+}
+
+
+class StatusSource(Protocol):
+    """Knows what stands where."""
+
+    async def status(self) -> pb.GetStatusResponse:
+        """A snapshot. Raises ConnectionError or an UnderstudyError when it cannot be taken."""
+
+
+def replica_message(view: ReplicaView) -> pb.Replica:
+    """A replica as the router sees it, in the Admin API's words."""
+    stats, info = view.stats, view.info
+    return pb.Replica(
+        id=view.replica,
+        model=info.model,
+        state=_STATES[view.state],
+        node=view.node,
+        epoch=view.epoch,
+        running=stats.running,
+        waiting=stats.waiting,
+        generated_tokens=stats.generated_tokens,
+        cache=pb.CacheStatus(
+            blocks_total=info.blocks,
+            blocks_in_use=stats.blocks_in_use,
+            blocks_cached=stats.blocks_cached,
+            block_tokens=info.block_tokens,
+            bytes_total=info.cache_bytes,
+            hit_tokens=stats.hit_tokens,
+            queried_tokens=stats.queried_tokens,
+            preemptions=stats.preemptions,
+        ),
+        cause=f"silent for {view.silent_s:.1f} s" if view.state is State.LOST else "",
+    )
+
+
+class AdminService:
+    """The methods of `understudy.v1.Admin`."""
+
+    def __init__(self, source: StatusSource) -> None:
+        self._source = source
+
+    async def GetStatus(self, _request: pb.GetStatusRequest, _context: Any) -> pb.GetStatusResponse:
+        """A snapshot of models, replicas, processes and caches."""
+        return await self._source.status()
+
+
+class AdminServer:
+    """Serves `AdminService`, with reflection. `start`, then `stop`."""
+
+    def __init__(self, config: GatewayConfig, source: StatusSource) -> None:
+        self._config = config
+        self._source = source
+        self._server: Any = None
+        self.port = 0
+
+    async def start(self) -> int:
+        """Listens; the port. Raises ConfigError."""
+        tokens = Tokens.read(self._config.tokens) if self._config.tokens is not None else None
+        interceptor = CallInterceptor(Metrics(), tokens, self._config.max_message_bytes)
+        server: Any = grpc.aio.server(interceptors=[interceptor], options=server_options(self._config))
+        admin_pb2_grpc.add_AdminServicer_to_server(AdminService(self._source), server)  # type: ignore[no-untyped-call]
+        reflection.enable_server_reflection((SERVICE, reflection.SERVICE_NAME), server)
+        self.port = bind(server, self._config)
+        await server.start()
+        self._server = server
+        return self.port
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Idempotent."""
+        server, self._server = self._server, None
+        if server is not None:
+            await server.stop(grace_s)

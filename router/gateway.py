@@ -1,0 +1,328 @@
+"""The gateway: a `grpc.aio` server that takes requests and gives streams.
+
+A call's way: `interceptors` → `validate` → `dispatch` (→ `channels` → leader) → `answer` (→ `text`) → the client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from router.answer import Answer
+from router.channels import ChannelPool, Connect, Timing
+from router.clock import Clock, LoopClock
+from router.dispatch import Dispatcher, Patience, Stream
+from router.interceptors import CallInterceptor, Tokens, current_call
+from router.local import FallbackRouter, LocalRouter
+from router.metrics import Metrics
+from router.models import ServedModel
+from router.server import GatewayConfig, bind, server_options
+from router.state import Assignment, ReplicaView, RouterPort, State
+from router.stops import StopStrings
+from router.validate import check_token_ids, show, valid_request_id, validate
+from understudy.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, Overloaded
+from understudy.v1 import inference_pb2 as pb
+from understudy.v1 import inference_pb2_grpc
+from workers.engine import FinishReason
+
+log = logging.getLogger(__name__)
+
+SERVICE = "understudy.v1.Inference"
+_INLINE = 2048  # characters or ids up to which work on them does not deserve a thread
+T = TypeVar("T")
+
+
+class Models:
+    """The models that a gateway answers for, by name."""
+
+    def __init__(self, models: Iterable[ServedModel] = ()) -> None:
+        self._models = {m.name: m for m in models}
+
+    def put(self, model: ServedModel) -> None:
+        """Adds a model or replaces the one of that name."""
+        self._models[model.name] = model
+
+    def remove(self, name: str) -> None:
+        self._models.pop(name, None)
+
+    def all(self) -> list[ServedModel]:
+        return list(self._models.values())
+
+    def find(self, name: str) -> ServedModel:
+        """The model of that name; the only one where the name is empty. Raises ModelNotFound, InvalidRequest."""
+        if name:
+            if name not in self._models:
+                raise ModelNotFound(f"no model named {show(name)} is served; ListModels names those that are")
+            return self._models[name]
+        if len(self._models) == 1:
+            return next(iter(self._models.values()))
+        if not self._models:
+            raise ModelNotFound("no model is served yet; try again shortly")
+        raise InvalidRequest(f"is empty; {len(self._models)} models are served, name one of ListModels", "model")
+
+
+class InferenceService:
+    """The methods of `understudy.v1.Inference`."""
+
+    def __init__(self, models: Models, dispatcher: Dispatcher, metrics: Metrics, config: GatewayConfig) -> None:
+        self._models = models
+        self._dispatcher = dispatcher
+        self._metrics = metrics
+        self._config = config
+        self._clock = dispatcher.clock
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
+        """Streams one completion."""
+        call = current_call.get()
+        if request.request_id:
+            call.request_id = valid_request_id(request.request_id)
+        else:
+            request.request_id = call.request_id
+        started = self._clock.now()
+        deadline = None if call.deadline_s is None else started + call.deadline_s - _margin(call.deadline_s)
+        model = self._models.find(request.model)
+        call.notes["model"] = model.name
+        if len(self._dispatcher.streams) >= self._config.max_streams:
+            raise Overloaded(f"this gateway carries {self._config.max_streams} streams, all it may; come back in 1 s")
+        encoded = None
+        if request.WhichOneof("prompt") == "text" and not request.HasField("resume"):
+            encoded = await _off_loop(len(request.text), lambda: model.text.encode(request.text))
+        infos = [k.info for k in self._dispatcher.pool.alive() if k.info.model == model.name]
+        valid = validate(request, model, tenant=call.tenant, encoded=encoded, infos=infos)
+        answer = Answer(valid, model, started, await _automaton(valid.stop))
+        whole = answer.complete()
+        if whole is not None:
+            for message in whole:
+                await context.write(message)
+            return
+        stream = self._dispatcher.open(valid, deadline)
+        self._metrics.active.inc()
+        self._metrics.prompt_tokens.labels(model.name).inc(len(valid.prompt))
+        try:
+            await self._pump(stream, answer, context, started)
+        finally:
+            stream.close()
+            self._metrics.active.dec()
+            made = answer.completion_tokens - len(valid.received)
+            self._metrics.completion_tokens.labels(model.name).inc(made)
+            call.notes.update(prompt_tokens=len(valid.prompt), completion_tokens=answer.completion_tokens)
+            if answer.finish is not None:
+                call.notes["finish"] = answer.finish.name
+
+    async def _pump(self, stream: Stream, answer: Answer, context: Any, started: float) -> None:
+        """Passes batches on until the answer is finished. Raises what `Stream.next` raises."""
+        clock, metrics = self._clock, self._metrics
+        last: float | None = None
+        while answer.finish is None:
+            try:
+                batch = await stream.next()
+            except DeadlineExceeded:
+                for message in answer.cut(FinishReason.TIMEOUT, clock.now()):
+                    await context.write(message)
+                raise
+            now = clock.now()
+            if stream.info is not None:
+                answer.info = stream.info
+            messages = answer.add(batch, now)
+            if answer.finish is not None:
+                stream.close()  # a stop string: the engine may be running on
+            if batch.token_ids:
+                if last is None:
+                    metrics.first_token.observe(now - started)
+                else:
+                    metrics.between.observe(now - last)
+                last = now
+            for message in messages:
+                await context.write(message)
+
+    async def Tokenize(self, request: pb.TokenizeRequest, _context: Any) -> pb.TokenizeResponse:
+        """Encodes text."""
+        model = self._models.find(request.model)
+        special = request.add_special_tokens if request.HasField("add_special_tokens") else True
+
+        def encode() -> pb.TokenizeResponse:
+            ids = model.text.encode(request.text, special)
+            texts = [model.text.token_text(i) for i in ids]
+            return pb.TokenizeResponse(token_ids=ids, texts=texts, max_context=model.info.max_context)
+
+        return await _off_loop(len(request.text), encode)
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, _context: Any) -> pb.DetokenizeResponse:
+        """Decodes token ids."""
+        model = self._models.find(request.model)
+        skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
+
+        def decode() -> pb.DetokenizeResponse:
+            ids = check_token_ids("token_ids", request.token_ids, model.info.vocab_size)
+            return pb.DetokenizeResponse(text=model.text.decode(ids, skip))
+
+        return await _off_loop(len(request.token_ids), decode)
+
+    async def ListModels(self, _request: pb.ListModelsRequest, _context: Any) -> pb.ListModelsResponse:
+        """Lists what is served."""
+        return pb.ListModelsResponse(
+            models=[
+                pb.Model(
+                    name=m.name,
+                    model_fingerprint=m.info.model_fingerprint,
+                    numerics_id=m.info.numerics_id,
+                    max_context=m.info.max_context,
+                    vocab_size=m.info.vocab_size,
+                    dtype=m.info.dtype,
+                    architecture=m.info.architecture,
+                    eos_token_ids=m.defaults.eos_token_ids,
+                )
+                for m in self._models.all()
+            ]
+        )
+
+
+def _margin(deadline_s: float) -> float:
+    """How much earlier than the client's deadline the answer is cut, so that its end still arrives: a tenth of what
+    there is, at most 200 ms."""
+    return min(0.2, max(deadline_s, 0.0) / 10)
+
+
+async def _off_loop(size: int, work: Callable[[], T]) -> T:
+    """Runs what takes long in a thread, so that streams go on; what is small is done at once."""
+    return work() if size <= _INLINE else await asyncio.to_thread(work)
+
+
+async def _automaton(stops: Sequence[str]) -> StopStrings | None:
+    if not stops:
+        return None
+    return await _off_loop(sum(map(len, stops)), lambda: StopStrings(stops))
+
+
+class Gateway:
+    """One gateway: server, wires, health. `start`, then `stop`, from one event loop.
+
+    `router` grants replicas, `connect(replica, address)` opens a wire to a leader. Models are told by `models` and
+    later by `put_model`.
+    """
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        router: RouterPort,
+        connect: Connect,
+        models: Iterable[ServedModel] = (),
+        *,
+        clock: Clock | None = None,
+        timing: Timing | None = None,
+        patience: Patience | None = None,
+        metrics: Metrics | None = None,
+        name: str = "",
+    ) -> None:
+        self.name = name or f"gateway-{secrets.token_hex(4)}"
+        self.metrics = metrics if metrics is not None else Metrics()
+        self.models = Models(models)
+        self._config = config
+        clock = clock if clock is not None else LoopClock()
+        self.pool = ChannelPool(connect, self.name, clock, timing)
+        self._router = FallbackRouter(router, LocalRouter(self.pool, secrets.SystemRandom()), clock)
+        self.dispatcher = Dispatcher(self._router, self.pool, clock, patience)
+        self._health = health.aio.HealthServicer()
+        self._server: Any = None
+        self._watching: asyncio.Task[None] | None = None
+        self._connecting: dict[str, asyncio.Task[None]] = {}
+        self._usable: set[tuple[str, int]] = set()  # replica and epoch
+        self._serving: bool | None = None
+        self._counted_failovers = 0
+        self.port = 0
+
+    def put_model(self, model: ServedModel) -> None:
+        """Answers for this model from now on."""
+        self.models.put(model)
+
+    async def start(self) -> int:
+        """Listens; the port. Raises ConfigError where it cannot: port taken, certificate unreadable."""
+        tokens = Tokens.read(self._config.tokens) if self._config.tokens is not None else None
+        interceptor = CallInterceptor(self.metrics, tokens, self._config.max_message_bytes)
+        server: Any = grpc.aio.server(interceptors=[interceptor], options=server_options(self._config))
+        service = InferenceService(self.models, self.dispatcher, self.metrics, self._config)
+        inference_pb2_grpc.add_InferenceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        self.port = bind(server, self._config)
+        await self.refresh()
+        await server.start()
+        self._server = server
+        self._watching = asyncio.create_task(self._watch(), name="watch replicas")
+        return self.port
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Takes nothing new, gives streams `grace_s` seconds to end, then ends them with Unavailable. Idempotent."""
+        server, self._server = self._server, None
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        for service in ("", SERVICE):
+            await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        if server is not None:
+            stopping = asyncio.create_task(server.stop(grace_s + 1.0))
+            await asyncio.wait([stopping], timeout=grace_s)
+            await self.dispatcher.close()
+            await stopping
+        connecting = list(self._connecting.values())
+        for task in connecting:
+            task.cancel()
+        await asyncio.gather(*connecting, return_exceptions=True)
+        await self.pool.close()
+
+    # Which replicas there are, and whether a token can be had.
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.watch_s)
+            try:
+                await self.refresh()
+            except Exception:  # whatever it is: health must stay truthful, so the watch goes on
+                log.exception("the replicas could not be looked at")
+
+    async def refresh(self) -> None:
+        """Connects to ready replicas, drops those that are gone, tells health and metrics."""
+        views = await self._router.replicas()
+        await self.pool.prune()
+        self._usable = {(v.replica, v.epoch) for v in views if v.state is not State.DRAINING}
+        self._connecting = {name: task for name, task in self._connecting.items() if not task.done()}
+        linked = {(k.replica, k.epoch) for k in self.pool.alive()}
+        for view in views:
+            if view.state is State.READY and (view.replica, view.epoch) not in linked:
+                self._connect_soon(view)
+        await self._tell_health()
+        self.metrics.failovers.inc(self.dispatcher.failovers - self._counted_failovers)
+        self._counted_failovers = self.dispatcher.failovers
+
+    def _connect_soon(self, view: ReplicaView) -> None:
+        """Opens the wire before a stream needs it. A failure is no news: the router will call it lost."""
+        if view.replica in self._connecting:
+            return
+
+        async def connect() -> None:
+            try:
+                await self.pool.get(Assignment(view.replica, view.address, view.epoch, 0))
+            except ConnectionError as error:
+                log.info("replica %s at %s: %s", view.replica, view.address, error)
+                return
+            await self._tell_health()
+
+        self._connecting[view.replica] = asyncio.create_task(connect(), name=f"connect {view.replica}")
+
+    async def _tell_health(self) -> None:
+        ready = sum((k.replica, k.epoch) in self._usable for k in self.pool.alive())
+        self.metrics.ready_replicas.set(ready)
+        serving = ready > 0 and bool(self.models.all())
+        if serving == self._serving:
+            return
+        self._serving = serving
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", SERVICE):
+            await self._health.set(service, status)

@@ -1,0 +1,129 @@
+"""What a gateway decides by itself while the router actor cannot be reached."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Collection, Sequence
+
+from router.channels import ChannelPool, Link
+from router.clock import Clock
+from router.policy import Candidate, choose_of_two
+from router.state import Assignment, Query, ReplicaView, RouterPort, State
+from understudy.errors import ModelNotFound, Unavailable
+
+log = logging.getLogger(__name__)
+LOCAL_LEASE = 0  # the router numbers from 1
+
+
+class LocalRouter:
+    """Chooses the less loaded of two among the replicas that this gateway has a live wire to, by their last beats."""
+
+    def __init__(self, pool: ChannelPool, rng: random.Random) -> None:
+        self._pool = pool
+        self._rng = rng
+        self.addresses: dict[str, str] = {}
+
+    async def assign(self, query: Query, among: Collection[tuple[str, int]] | None = None) -> Assignment:
+        """`among` restricts the choice to these lives. Raises Unavailable when no wire to a fitting one is alive."""
+        links = {
+            link.replica: link
+            for link in self._pool.alive()
+            if self._fits(link, query) and (among is None or (link.replica, link.epoch) in among)
+        }
+        if not links:
+            raise Unavailable(f"no replica of {query.model!r} can be reached; try again shortly")
+        candidates = [
+            # Our own streams may be newer than the last beat.
+            Candidate(n, max(k.stats.running, k.attempts), k.stats.waiting, k.stats.waiting_prefill_tokens)
+            for n, k in links.items()
+        ]
+        chosen = choose_of_two(candidates, query.prompt_tokens, self._rng).replica
+        return Assignment(chosen, self.addresses.get(chosen, ""), links[chosen].epoch, LOCAL_LEASE)
+
+    @staticmethod
+    def _fits(link: Link, query: Query) -> bool:
+        info = link.info
+        return (
+            info.model == query.model
+            and (link.replica, link.epoch) not in query.exclude
+            and query.fingerprint in ("", info.model_fingerprint)
+            and query.numerics_id in ("", info.numerics_id)
+        )
+
+    async def release(self, leases: Sequence[int]) -> None:
+        """Grants nothing that would have to come back."""
+
+    async def replicas(self) -> list[ReplicaView]:
+        return [
+            ReplicaView(k.replica, self.addresses.get(k.replica, ""), k.epoch, State.READY, k.info, k.stats, k.silent_s)
+            for k in self._pool.alive()
+        ]
+
+
+class FallbackRouter:
+    """The router actor, and the gateway's own judgement while that cannot be reached or has just begun anew, or takes
+    for lost whom the gateway hears well: a report that came late costs no stream.
+
+    After a failure the router is left alone for `retry_s` seconds, so that its absence costs no stream any time.
+    """
+
+    def __init__(self, router: RouterPort, local: LocalRouter, clock: Clock, retry_s: float = 1.0) -> None:
+        self._router = router
+        self._local = local
+        self._clock = clock
+        self._retry_s = retry_s
+        self._down_until = float("-inf")
+        self._lost: set[tuple[str, int]] = set()  # in the router's eyes
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the router answered the last time it was asked, or may be asked again."""
+        return self._clock.now() >= self._down_until
+
+    def _down(self, error: ConnectionError) -> None:
+        if self.reachable:
+            log.warning("the router cannot be reached (%s); choosing replicas by myself", error)
+        self._down_until = self._clock.now() + self._retry_s
+
+    async def assign(self, query: Query) -> Assignment:
+        """Raises what `Router.assign` raises."""
+        if self.reachable:
+            try:
+                return await self._router.assign(query)
+            except ConnectionError as error:
+                self._down(error)
+            except Unavailable as error:
+                return await self._despite(error, query)
+            except ModelNotFound:
+                pass  # a router that restarted knows nobody yet; the wires are still there
+        return await self._local.assign(query)
+
+    async def _despite(self, error: Unavailable, query: Query) -> Assignment:
+        """A replica that only the router has not heard of lately. Raises `error` where there is none."""
+        try:
+            return await self._local.assign(query, self._lost)
+        except Unavailable:
+            raise error from None
+
+    async def release(self, leases: Sequence[int]) -> None:
+        own = [n for n in leases if n != LOCAL_LEASE]
+        if own and self.reachable:
+            try:
+                await self._router.release(own)
+            except ConnectionError as error:
+                self._down(error)
+
+    async def replicas(self) -> list[ReplicaView]:
+        """What the router knows, else what the wires say."""
+        if self.reachable:
+            try:
+                views = await self._router.replicas()
+            except ConnectionError as error:
+                self._down(error)
+            else:
+                if views:
+                    self._local.addresses = {v.replica: v.address for v in views}
+                    self._lost = {(v.replica, v.epoch) for v in views if v.state is State.LOST}
+                    return views
+        return await self._local.replicas()

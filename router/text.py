@@ -1,0 +1,220 @@
+"""Text to token ids and back, whole and one token at a time.
+
+Incremental decoding is exact where the tokenizer's decoder joins each token's bytes (byte-level BPE, and
+SentencePiece's BPE with byte fallback): every token has fixed bytes, which one incremental UTF-8 decoder turns into
+text. Other decoders (WordPiece, Metaspace, CTC) go through the tokenizer itself over a window of a few tokens.
+
+Invalid UTF-8 becomes U+FFFD as in the `tokenizers` library: one per maximal invalid part for byte-level decoders, one
+per byte for byte fallback. One difference is meant: a run of fallback bytes that is partly valid keeps its valid
+characters (the library gives them up, which a stream that has sent them cannot).
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer, processors
+
+from router.detokenizer import ByteDecoder, Decoder, WindowDecoder
+from understudy.errors import CheckpointError
+
+_PER_BYTE = "understudy.replace_per_byte"
+
+
+def _replace_per_byte(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error(_PER_BYTE, _replace_per_byte)
+
+
+@lru_cache(maxsize=1)
+def byte_of_char() -> dict[str, int]:
+    """GPT-2's map of printable characters to the bytes they stand for."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in set(plain)]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+class _Bytes(NamedTuple):
+    """Each id's bytes, how invalid ones are shown, and how many leading spaces the whole text loses."""
+
+    table: list[bytes]
+    errors: str
+    strip: int
+
+
+def _byte_level(token: str) -> bytes:
+    mapping = byte_of_char()
+    try:
+        return bytes([mapping[c] for c in token])
+    except KeyError:
+        return token.encode()
+
+
+def _fallback_byte(token: str) -> bytes | None:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        try:
+            return bytes([int(token[3:5], 16)])
+        except ValueError:
+            return None
+    return None
+
+
+def _sequence_rules(decoder: Mapping[str, Any]) -> tuple[list[tuple[str, str]], int] | None:
+    """Replacements and leading spaces to strip of a Replace*, ByteFallback, Fuse, Strip? sequence; else None."""
+    rules, strip = [], 0
+    order = ["Replace", "ByteFallback", "Fuse", "Strip"]
+    stage, kinds = 0, set()
+    for step in decoder.get("decoders", []):
+        kind = step["type"]
+        if kind not in order or order.index(kind) < stage:
+            return None
+        stage = order.index(kind)
+        kinds.add(kind)
+        if kind == "Replace":
+            if "String" not in step["pattern"]:
+                return None
+            rules.append((step["pattern"]["String"], step["content"]))
+        elif kind == "Strip":
+            if step["content"] != " " or step["stop"] != 0:
+                return None
+            strip = int(step["start"])
+    return (rules, strip) if {"ByteFallback", "Fuse"} <= kinds else None
+
+
+def _bytes_of(tokens: list[str | None], decoder: Mapping[str, Any] | None) -> _Bytes | None:
+    """The byte table of a tokenizer, or None where its decoder does not simply join bytes."""
+    if decoder is None:
+        return None
+    if decoder["type"] == "Sequence" and [d["type"] for d in decoder["decoders"]] == ["ByteLevel"]:
+        decoder = decoder["decoders"][0]
+    if decoder["type"] == "ByteLevel":
+        return _Bytes([b"" if t is None else _byte_level(t) for t in tokens], "replace", 0)
+    if decoder["type"] != "Sequence" or (found := _sequence_rules(decoder)) is None:
+        return None
+    rules, strip = found
+    table = []
+    for token in tokens:
+        text = token or ""
+        for old, new in rules:
+            text = text.replace(old, new)
+        table.append(_fallback_byte(text) or text.encode())
+    return _Bytes(table, _PER_BYTE, strip)
+
+
+def _content(value: Any) -> str | None:
+    """The text of a token in tokenizer_config.json, which is a string or an object."""
+    return value.get("content") if isinstance(value, Mapping) else value
+
+
+class ModelText:
+    """The text side of one model.
+
+    `tokenizer_json` is the file's content, `tokenizer_config` that of tokenizer_config.json (empty where there is
+    none), `vocab_size` the model's. Raises CheckpointError when the tokenizer cannot be used.
+    """
+
+    def __init__(
+        self,
+        tokenizer_json: bytes,
+        tokenizer_config: Mapping[str, Any] | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        config = tokenizer_config or {}
+        parsed = self._parse(tokenizer_json)
+        try:
+            self.tokenizer = Tokenizer.from_buffer(tokenizer_json)
+        except Exception as error:  # the library raises bare Exception for whatever it cannot load
+            raise CheckpointError(
+                "tokenizer.json: cannot be loaded: its vocabulary and merges do not belong together, or a newer "
+                f"version of the tokenizers library wrote it; fetch the checkpoint again ({error})"
+            ) from error
+        vocab = self.tokenizer.get_vocab(with_added_tokens=True)
+        if not vocab:
+            raise CheckpointError("tokenizer.json: the vocabulary is empty")
+        last = max(vocab.values())
+        if vocab_size is not None and last >= vocab_size:
+            token = self.tokenizer.id_to_token(last)
+            raise CheckpointError(
+                f"tokenizer.json: token {token!r} has id {last}, beyond the model's vocab_size of {vocab_size} in "
+                "config.json; use the tokenizer that belongs to these weights"
+            )
+        self.vocab_size = vocab_size if vocab_size is not None else last + 1
+        self._special_ids = {i for i, t in self.tokenizer.get_added_tokens_decoder().items() if t.special}
+        self._add_bos_and_eos(config, vocab)
+        tokens: list[str | None] = [None] * (last + 1)
+        for token, id in vocab.items():
+            tokens[id] = token
+        self._bytes = _bytes_of(tokens, parsed.get("decoder"))
+        if self._bytes is not None:
+            shown = self._bytes.table
+            self._shown = shown
+            self._spoken = [b"" if i in self._special_ids else b for i, b in enumerate(shown)]
+
+    @staticmethod
+    def _parse(tokenizer_json: bytes) -> dict[str, Any]:
+        try:
+            parsed = json.loads(tokenizer_json)
+        except ValueError as error:
+            raise CheckpointError(f"tokenizer.json: is not JSON: {error}") from error
+        if not isinstance(parsed, dict):
+            raise CheckpointError("tokenizer.json: is not a JSON object")
+        for field in ("truncation", "padding"):
+            if parsed.get(field) is not None:
+                raise CheckpointError(
+                    f"tokenizer.json: {field} is set to {json.dumps(parsed[field])}, which would change prompts "
+                    f'silently; set "{field}": null in that file'
+                )
+        return parsed
+
+    def _add_bos_and_eos(self, config: Mapping[str, Any], vocab: Mapping[str, int]) -> None:
+        """Follows `add_bos_token` and `add_eos_token` where the config says them, as fast tokenizers do."""
+        if "add_bos_token" not in config and "add_eos_token" not in config:
+            return
+        bos = _content(config.get("bos_token")) if config.get("add_bos_token") else None
+        eos = _content(config.get("eos_token")) if config.get("add_eos_token") else None
+        for name, token in (("bos_token", bos), ("eos_token", eos)):
+            if token is not None and token not in vocab:
+                raise CheckpointError(f"tokenizer_config.json: {name} {token!r} is not in tokenizer.json's vocabulary")
+        single = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
+        self.tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=[(t, vocab[t]) for t in dict.fromkeys(t for t in (bos, eos) if t)]
+        )
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of `text`. Releases the GIL; slow for megabytes of text."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`: equals the concatenation of what a `Detokenizer` yields for them."""
+        if self._bytes is None:
+            text: str = self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            return text
+        table = self._spoken if skip_special_tokens else self._shown
+        n = len(table)
+        text = b"".join([table[i] for i in ids if i < n]).decode("utf-8", self._bytes.errors)
+        strip = self._bytes.strip
+        while strip and text.startswith(" "):
+            text, strip = text[1:], strip - 1
+        return text
+
+    def token_text(self, id: int) -> str:
+        """One token's own text; U+FFFD where its bytes are no whole characters, empty where there is no such token."""
+        if self._bytes is None:
+            text: str = self.tokenizer.decode([id], skip_special_tokens=False)
+            return text
+        return self._shown[id].decode("utf-8", "replace") if id < len(self._shown) else ""
+
+    def decoder(self, prompt: Sequence[int]) -> Decoder:
+        """An incremental decoder of what follows `prompt`."""
+        if self._bytes is None:
+            return WindowDecoder(self.tokenizer, prompt)
+        return ByteDecoder(self._spoken, self._bytes.errors, self._bytes.strip, prompt)
