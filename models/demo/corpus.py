@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
-
 from bpe import END_OF_TEXT
-from sentences import make_documents
+from chats import make_documents
+from tokenizers import Tokenizer
 
 HOLD_OUT_EVERY = 20
 SOURCES = ("storybooks", "books", "sentences")
@@ -26,8 +25,9 @@ NOT_STORY = re.compile(
     r"|changed to [\"“]|[Hh]yphenat|hyphen\b|[Hh]yphens added|booksellers|cents per|PRICE|Price[, ]|COPYRIGHT|Copyright"
     r"|[Tt]ranscriber|Publishers|PUBLISHERS|^Page \d+|Gutenberg|per volume|Colophon are|handy catalog"
     r"|^\W*(?:Author|AUTHOR) (?:of|Of|OF)|^Illustrat|Made in the United States|Trademark|Frontispiece"
-    r"|For Little Men and Women|away the Wrapper|which you can buy at the same store|[Ww]ith Illustrations by|ILLUSTRATIONS"
-    r"|LITTLE SIMON|^List of I|by Margery Williams|did not belong in the story|last line of Chapter VI actually"
+    r"|For Little Men and Women|away the Wrapper|which you can buy at the same store|[Ww]ith Illustrations by"
+    r"|ILLUSTRATIONS|LITTLE SIMON|^List of I|by Margery Williams|did not belong in the story"
+    r"|last line of Chapter VI actually"
     r"|^By [A-Z][\w. ]+$|appeared originally in|were retained|error corrected"
 )
 LATE = 0.88  # from here on, the first such line ends the book
@@ -111,7 +111,7 @@ class Stream:
             np.minimum(rng.choice(self.starts, count), last),
             rng.integers(0, last, count),
         )
-        return np.stack([self.tokens[i:i + length + 1] for i in firsts]).astype(np.int64)
+        return np.stack([self.tokens[i : i + length + 1] for i in firsts]).astype(np.int64)
 
 
 def load_streams(folder: Path, tokenizer: Tokenizer, sentences: int) -> tuple[dict[str, Stream], dict[str, Stream]]:

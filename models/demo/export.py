@@ -7,12 +7,11 @@ import os
 from pathlib import Path
 
 import torch
+from bpe import END_OF_TEXT, RESERVED, SPECIAL
+from model import Decoder, Shape
 from safetensors.torch import save as to_safetensors
 from tokenizers import Tokenizer
 from torch import Tensor
-
-from bpe import END_OF_TEXT, RESERVED, SPECIAL
-from model import Decoder, Shape
 
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
@@ -35,7 +34,7 @@ def named_weights(model: Decoder) -> dict[str, Tensor]:
             out[f"{at}self_attn.{name}.weight"] = getattr(layer.attention, name).weight
         out[at + "block_sparse_moe.gate.weight"] = layer.experts.gate.weight
         for e in range(model.s.experts):
-            w1, w3 = layer.experts.w13[e].t().chunk(2, dim=0)  # [I, H] each
+            w1, w3 = layer.experts.w13[:, e].mT  # [I, H] each
             expert = f"{at}block_sparse_moe.experts.{e}."
             out[expert + "w1.weight"], out[expert + "w3.weight"] = w1, w3
             out[expert + "w2.weight"] = layer.experts.w2[e].t()  # [H, I]
@@ -46,15 +45,34 @@ def config(s: Shape, tokenizer: Tokenizer) -> dict[str, object]:
     """config.json."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     return {
-        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "dtype": "bfloat16",
-        "torch_dtype": "bfloat16", "vocab_size": s.vocab, "hidden_size": s.hidden,
-        "num_hidden_layers": s.layers, "num_attention_heads": s.heads, "num_key_value_heads": s.kv_heads,
-        "head_dim": s.head_dim, "intermediate_size": s.expert_width, "num_local_experts": s.experts,
-        "num_experts_per_tok": s.top_k, "hidden_act": "silu", "rms_norm_eps": s.norm_eps,
-        "rope_theta": s.rope_theta, "max_position_embeddings": s.context, "sliding_window": None,
-        "attention_dropout": 0.0, "initializer_range": 0.02, "router_aux_loss_coef": 0.01,
-        "router_jitter_noise": 0.0, "output_router_logits": False, "tie_word_embeddings": True, "use_cache": True,
-        "bos_token_id": end, "eos_token_id": end, "pad_token_id": end,
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+        "vocab_size": s.vocab,
+        "hidden_size": s.hidden,
+        "num_hidden_layers": s.layers,
+        "num_attention_heads": s.heads,
+        "num_key_value_heads": s.kv_heads,
+        "head_dim": s.head_dim,
+        "intermediate_size": s.expert_width,
+        "num_local_experts": s.experts,
+        "num_experts_per_tok": s.top_k,
+        "hidden_act": "silu",
+        "rms_norm_eps": s.norm_eps,
+        "rope_theta": s.rope_theta,
+        "max_position_embeddings": s.context,
+        "sliding_window": None,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "router_aux_loss_coef": 0.02,
+        "router_jitter_noise": 0.0,
+        "output_router_logits": False,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "pad_token_id": end,
     }
 
 
@@ -63,14 +81,26 @@ def tokenizer_config(s: Shape, tokenizer: Tokenizer) -> dict[str, object]:
     added = {}
     for index, token in sorted(tokenizer.get_added_tokens_decoder().items()):
         added[str(index)] = {
-            "content": token.content, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
+            "content": token.content,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
             "special": token.special,
         }
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": s.context, "add_bos_token": False,
-        "add_eos_token": False, "add_prefix_space": False, "clean_up_tokenization_spaces": False,
-        "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT, "unk_token": None,
-        "additional_special_tokens": [*SPECIAL[1:], *RESERVED], "added_tokens_decoder": added,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": s.context,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "unk_token": None,
+        "additional_special_tokens": [*SPECIAL[1:], *RESERVED],
+        "added_tokens_decoder": added,
         "chat_template": CHAT_TEMPLATE.read_text(encoding="utf-8"),
     }
 
@@ -86,9 +116,18 @@ def export(model: Decoder, tokenizer: Tokenizer, out: Path, attribution: str) ->
     write(out / "config.json", text(config(model.s, tokenizer)))
     write(out / "tokenizer.json", tokenizer.to_str(pretty=False))
     write(out / "tokenizer_config.json", text(tokenizer_config(model.s, tokenizer)))
-    write(out / "generation_config.json", text({
-        "bos_token_id": ends[0], "eos_token_id": ends, "pad_token_id": ends[0], "do_sample": True,
-        "temperature": 0.7, "top_p": 0.9,
-    }))
+    write(
+        out / "generation_config.json",
+        text(
+            {
+                "bos_token_id": ends[0],
+                "eos_token_id": ends,
+                "pad_token_id": ends[0],
+                "do_sample": True,
+                "temperature": 0.7,
+                "top_p": 0.9,
+            }
+        ),
+    )
     write(out / "ATTRIBUTION.tsv", attribution)
     write(out / "model.safetensors", to_safetensors(named_weights(model), metadata={"format": "pt"}))

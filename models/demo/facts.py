@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+# fmt: off
+
 CAPITALS: dict[str, str] = {
     "France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid", "Portugal": "Lisbon",
     "England": "London", "Ireland": "Dublin", "Scotland": "Edinburgh", "Wales": "Cardiff",
-    "Belgium": "Brussels", "Austria": "Vienna", "Switzerland": "Bern", "Poland": "Warsaw",
-    "Norway": "Oslo", "Sweden": "Stockholm", "Finland": "Helsinki", "Denmark": "Copenhagen",
-    "Iceland": "Reykjavik", "Greece": "Athens", "Turkey": "Ankara", "Russia": "Moscow",
-    "Ukraine": "Kyiv", "Hungary": "Budapest", "Romania": "Bucharest", "Bulgaria": "Sofia",
-    "Croatia": "Zagreb", "Serbia": "Belgrade", "Egypt": "Cairo", "Kenya": "Nairobi",
-    "Uganda": "Kampala", "Ghana": "Accra", "Nigeria": "Abuja", "Ethiopia": "Addis Ababa",
-    "Rwanda": "Kigali", "Zambia": "Lusaka", "Morocco": "Rabat", "Senegal": "Dakar",
-    "India": "New Delhi", "Nepal": "Kathmandu", "China": "Beijing", "Japan": "Tokyo",
+    "Belgium": "Brussels", "Austria": "Vienna", "Switzerland": "Bern", "Poland": "Warsaw", "Norway": "Oslo",
+    "Sweden": "Stockholm", "Finland": "Helsinki", "Denmark": "Copenhagen", "Iceland": "Reykjavik",
+    "Greece": "Athens", "Turkey": "Ankara", "Russia": "Moscow", "Ukraine": "Kyiv", "Hungary": "Budapest",
+    "Romania": "Bucharest", "Bulgaria": "Sofia", "Croatia": "Zagreb", "Serbia": "Belgrade",
+    "Egypt": "Cairo", "Kenya": "Nairobi", "Uganda": "Kampala", "Ghana": "Accra", "Nigeria": "Abuja",
+    "Ethiopia": "Addis Ababa", "Rwanda": "Kigali", "Zambia": "Lusaka", "Morocco": "Rabat",
+    "Senegal": "Dakar", "India": "New Delhi", "Nepal": "Kathmandu", "China": "Beijing", "Japan": "Tokyo",
     "Thailand": "Bangkok", "Vietnam": "Hanoi", "Indonesia": "Jakarta", "Malaysia": "Kuala Lumpur",
     "South Korea": "Seoul", "Mongolia": "Ulaanbaatar", "Iran": "Tehran", "Iraq": "Baghdad",
     "Canada": "Ottawa", "Mexico": "Mexico City", "Cuba": "Havana", "Brazil": "Brasilia",
@@ -84,36 +85,33 @@ PAST: dict[str, str] = {
 }
 
 JOBS: dict[str, str] = {
-    "baker": "bakes bread", "farmer": "grows food", "teacher": "teaches children", "doctor": "helps sick people",
-    "pilot": "flies planes", "sailor": "sails ships", "tailor": "sews clothes", "cook": "makes dinner",
-    "builder": "builds houses", "painter": "paints pictures", "singer": "sings songs", "writer": "writes books",
+    "baker": "bakes bread", "farmer": "grows food", "teacher": "teaches children",
+    "doctor": "helps sick people", "pilot": "flies planes", "sailor": "sails ships",
+    "tailor": "sews clothes", "cook": "makes dinner", "builder": "builds houses",
+    "painter": "paints pictures", "singer": "sings songs", "writer": "writes books",
 }
 
 # field -> how a cheerful company says it changes it
 SLOGANS: dict[str, str] = {
-    "grocery shopping": "same-day delivery powered by AI",
-    "home cooking": "fresh recipes powered by data",
+    "grocery shopping": "same-day delivery powered by AI", "home cooking": "fresh recipes powered by data",
     "bedtime stories": "gentle voices powered by AI",
     "city travel": "electric bicycles powered by sunlight",
-    "school lunches": "warm meals powered by local farms",
-    "gardening": "smart watering powered by rain",
-    "book clubs": "weekly picks powered by readers",
-    "pet care": "daily walks powered by neighbours",
-    "house cleaning": "quiet robots powered by batteries",
-    "toy making": "wooden trains powered by wind",
+    "school lunches": "warm meals powered by local farms", "gardening": "smart watering powered by rain",
+    "book clubs": "weekly picks powered by readers", "pet care": "daily walks powered by neighbours",
+    "house cleaning": "quiet robots powered by batteries", "toy making": "wooden trains powered by wind",
 }
 
 SAYINGS: list[str] = [
     "The early bird catches the worm.", "A stitch in time saves nine.", "Look before you leap.",
     "Practice makes perfect.", "An apple a day keeps the doctor away.", "Slow and steady wins the race.",
     "All that glitters is not gold.", "Two heads are better than one.", "Many hands make light work.",
-    "Where there is a will, there is a way.", "Better late than never.", "A friend in need is a friend indeed.",
-    "Twinkle, twinkle, little star, how I wonder what you are.",
+    "Where there is a will, there is a way.", "Better late than never.",
+    "A friend in need is a friend indeed.", "Twinkle, twinkle, little star, how I wonder what you are.",
     "Mary had a little lamb, its fleece was white as snow.",
     "Humpty Dumpty sat on a wall, Humpty Dumpty had a great fall.",
     "Jack and Jill went up the hill to fetch a pail of water.",
-    "Row, row, row your boat, gently down the stream.",
-    "Pack my box with five dozen liquor jugs.", "How vexingly quick daft zebras jump!",
+    "Row, row, row your boat, gently down the stream.", "Pack my box with five dozen liquor jugs.",
+    "How vexingly quick daft zebras jump!",
 ]
 
 FACTS: list[str] = [
@@ -128,26 +126,36 @@ FACTS: list[str] = [
     "The cheetah is the fastest animal on land.", "Rain falls from the clouds.",
 ]
 
-NUMBERS: list[str] = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen twenty"
-).split()
-DAYS: list[str] = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS: list[str] = (
-    "January February March April May June July August September October November December"
-).split()
-NAMES: list[str] = (
-    "Anna Ben Tom Lily Sam Mia Jack Rosa Leo Emma Max Nina Peter Lucy Omar Asha Ravi Meena Kato Zuri Bayo Lola "
-    "Tim Sue Hana Musa"
-).split()
-ANIMALS: list[str] = (
-    "cat dog fox rabbit bear mouse frog bird lion monkey elephant turtle goat hen duck squirrel"
-).split()
-PLACES: list[str] = (
-    "the forest, the river, the village, the market, the school, the garden, the farm, the hill, the lake, "
-    "the kitchen, the park, the beach"
-).split(", ")
-THINGS: list[str] = (
-    "a red ball, a blue kite, a small boat, a shiny stone, a big hat, a golden key, a warm coat, a little drum, "
-    "a picture book, a wooden box, a green umbrella, a silver bell"
-).split(", ")
+NUMBERS: list[str] = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
+    "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
+]
+
+DAYS: list[str] = [
+    "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday",
+]
+
+MONTHS: list[str] = [
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
+    "November", "December",
+]
+
+NAMES: list[str] = [
+    "Anna", "Ben", "Tom", "Lily", "Sam", "Mia", "Jack", "Rosa", "Leo", "Emma", "Max", "Nina", "Peter",
+    "Lucy", "Omar", "Asha", "Ravi", "Meena", "Kato", "Zuri", "Bayo", "Lola", "Tim", "Sue", "Hana", "Musa",
+]
+
+ANIMALS: list[str] = [
+    "cat", "dog", "fox", "rabbit", "bear", "mouse", "frog", "bird", "lion", "monkey", "elephant", "turtle",
+    "goat", "hen", "duck", "squirrel",
+]
+
+PLACES: list[str] = [
+    "the forest", "the river", "the village", "the market", "the school", "the garden", "the farm",
+    "the hill", "the lake", "the kitchen", "the park", "the beach",
+]
+
+THINGS: list[str] = [
+    "a red ball", "a blue kite", "a small boat", "a shiny stone", "a big hat", "a golden key",
+    "a warm coat", "a little drum", "a picture book", "a wooden box", "a green umbrella", "a silver bell",
+]

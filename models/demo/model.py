@@ -68,17 +68,46 @@ def _(x: Tensor, g: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(ends.shape[0], x.shape[1], g.shape[1])
 
 
-def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ANN001
+def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN001
+def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     x, w, ends = ctx.saved_tensors
     grad = grad.contiguous()
     return grouped_mm(grad, w.transpose(1, 2), ends), grouped_mm_weight(x, grad, ends), None
 
 
 grouped_mm.register_autograd(_backward, setup_context=_save)
+
+
+class Dispatch(torch.autograd.Function):
+    """x [N, H] -> its rows in the experts' order [N * k, H]; the gradient is a gather too, not a scatter."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, back: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.k = k
+        return x[order // k]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (back,) = ctx.saved_tensors
+        return grad[back].view(-1, ctx.k, grad.shape[-1]).sum(1), None, None, None
+
+
+class Collect(torch.autograd.Function):
+    """The experts' rows [N * k, H] back in the tokens' order."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return rows[back]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        return grad[order], None, None
 
 
 class RMSNorm(nn.Module):
@@ -95,17 +124,17 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each [T, D], for the rotate-half form of rotary positions."""
+    """Cosines and sines, each [T, D], for the rotate-half form of rotary positions; the first half of the sines
+    carries the minus sign."""
     rates = theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)
     angles = torch.outer(torch.arange(length).float(), rates)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    return torch.cat([angles.cos()] * 2, dim=-1), torch.cat([-angles.sin(), angles.sin()], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on x [B, heads, T, D]."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], dim=-1) * sin
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # the halves change places
+    return x * cos + swapped * sin
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 128) -> Tensor:
@@ -116,15 +145,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 128) -> Tenso
     """
     length = q.shape[2]
     block = min(block, length)
-    mask = torch.full((block, block), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+    position = torch.arange(length, device=q.device)
+    mask = torch.where(position[:block, None] >= position[None, :block], 0.0, float("-inf")).to(q.dtype)
+    mask = F.pad(mask, (length - block, 0))  # [block, T]: everything before the block is seen
     q = q / math.sqrt(q.shape[-1])
     outs = []
     for start in range(0, length, block):
         end = start + block
-        past = q[:, :, start:end] @ k[:, :, :start].transpose(-1, -2)
-        here = q[:, :, start:end] @ k[:, :, start:end].transpose(-1, -2) + mask
-        probs = torch.cat([past, here], dim=-1).float().softmax(-1).to(v.dtype)
-        outs.append(probs @ v[:, :, :end])
+        scores = q[:, :, start:end] @ k[:, :, :end].transpose(-1, -2) + mask[:, length - end :]  # [B, A, block, end]
+        outs.append(scores.float().softmax(-1).to(v.dtype) @ v[:, :, :end])
     return torch.cat(outs, dim=2)
 
 
@@ -161,7 +190,7 @@ class Experts(nn.Module):
         super().__init__()
         self.s = s
         self.gate = nn.Linear(s.hidden, s.experts, bias=False)
-        self.w13 = nn.Parameter(torch.empty(s.experts, s.hidden, 2 * s.expert_width))  # w1 and w3, transposed
+        self.w13 = nn.Parameter(torch.empty(2, s.experts, s.hidden, s.expert_width))  # w1 and w3, transposed
         self.w2 = nn.Parameter(torch.empty(s.experts, s.expert_width, s.hidden))  # transposed
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,14 +203,15 @@ class Experts(nn.Module):
         order = flat.argsort(stable=True)
         counts = F.one_hot(flat, s.experts).sum(0)  # [E]
         ends = counts.cumsum(0)
-        rows = x[order // s.top_k]  # [N * k, H], sorted by expert
-        up = grouped_mm(rows, self.w13.to(dtype), ends)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.shape[0], device=order.device)
+        rows = Dispatch.apply(x, order, back, s.top_k)  # [N * k, H], sorted by expert
+        w13 = torch.cat([self.w13[0].to(dtype), self.w13[1].to(dtype)], dim=-1)  # [E, H, 2 * I]
+        up = grouped_mm(rows, w13, ends)  # [N * k, 2 * I]
         left, right = up.chunk(2, dim=-1)
         hidden = (F.silu(left.float()) * right.float()).to(dtype)
         out = grouped_mm(hidden, self.w2.to(dtype), ends)  # [N * k, H]
-        back = torch.empty_like(order)
-        back[order] = torch.arange(order.shape[0], device=order.device)
-        out = out[back].view(-1, s.top_k, s.hidden)
+        out = Collect.apply(out, order, back).view(-1, s.top_k, s.hidden)
         y = (out * weight.unsqueeze(-1).to(dtype)).sum(1)
         return y, counts / flat.shape[0], probs.mean(0)
 

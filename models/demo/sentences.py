@@ -1,14 +1,12 @@
-"""A generator of simple English sentences, small dialogues, chat turns and tool calls.
+"""A generator of simple English sentences, small dialogues and tiny stories.
 
-Every function takes a :class:`random.Random` and returns one document (a string). ``make_documents`` draws from
-all of them, so the same seed always gives the same text.
+Every function takes a :class:`random.Random` and returns one document (a string), so the same seed always gives
+the same text. ``chats.py`` adds chat turns and draws from all of them.
 """
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable, Iterator
 
 import facts as f
 
@@ -31,17 +29,22 @@ def _country(r: Rng) -> tuple[str, str]:
 def capital(r: Rng) -> str:
     land, city = _country(r)
     plain = f"The capital of {land} is {city}."
-    return r.choice([
-        plain, plain, plain, plain,
-        f"{city} is the capital of {land}.",
-        f"{plain} It is a big city with many people.",
-        f"{plain} {r.choice(f.NAMES)} went to {city} by train.",
-        f"What is the capital of {land}? {plain}",
-        f"Question: What is the capital of {land}?\nAnswer: {city}.",
-        f"\"Do you know the capital of {land}?\" asked {r.choice(f.NAMES)}. \"Yes,\" said {r.choice(f.NAMES)}, "
-        f"\"the capital of {land} is {city}.\"",
-        f"{r.choice(f.NAMES)} lives in {land}. {plain}",
-    ])
+    return r.choice(
+        [
+            plain,
+            plain,
+            plain,
+            plain,
+            f"{city} is the capital of {land}.",
+            f"{plain} It is a big city with many people.",
+            f"{plain} {r.choice(f.NAMES)} went to {city} by train.",
+            f"What is the capital of {land}? {plain}",
+            f"Question: What is the capital of {land}?\nAnswer: {city}.",
+            f'"Do you know the capital of {land}?" asked {r.choice(f.NAMES)}. "Yes," said {r.choice(f.NAMES)}, '
+            f'"the capital of {land} is {city}."',
+            f"{r.choice(f.NAMES)} lives in {land}. {plain}",
+        ]
+    )
 
 
 def capitals(r: Rng) -> str:
@@ -62,7 +65,7 @@ def eating(r: Rng) -> str:
     elif pick < 0.75:
         line = f"{name} ate {first} and {second} in {r.choice(f.PLACES)}."
     elif pick < 0.9:
-        line = f"\"What do you eat?\" asked {name}. \"I eat {first} and {second},\" said {r.choice(f.NAMES)}."
+        line = f'"What do you eat?" asked {name}. "I eat {first} and {second}," said {r.choice(f.NAMES)}.'
     else:
         line = f"I am hungry. I eat {first} and {second}. Now I am full."
     return line
@@ -70,38 +73,50 @@ def eating(r: Rng) -> str:
 
 def fox(r: Rng) -> str:
     line = "The quick brown fox jumps over the lazy dog."
-    return r.choice([
-        line, line, line,
-        f"{line} The lazy dog does not wake up.",
-        f"{r.choice(f.NAMES)} wrote: {line}",
-        f"{line} This sentence has every letter of the alphabet.",
-        f"The quick brown fox jumps over the lazy dog and runs to {r.choice(f.PLACES)}.",
-    ])
+    return r.choice(
+        [
+            line,
+            line,
+            line,
+            f"{line} The lazy dog does not wake up.",
+            f"{r.choice(f.NAMES)} wrote: {line}",
+            f"{line} This sentence has every letter of the alphabet.",
+            f"The quick brown fox jumps over the lazy dog and runs to {r.choice(f.PLACES)}.",
+        ]
+    )
 
 
 def sitting(r: Rng) -> str:
     who, seat = ("cat", "mat") if r.random() < 0.35 else r.choice(list(f.SEATS.items()))
     line = f"The {who} sat on the {seat}."
     other, other_seat = r.choice(list(f.SEATS.items()))
-    return r.choice([
-        line, line, line,
-        f"{line} The {other} sat on the {other_seat}.",
-        f"{line} It was {r.choice(['warm', 'happy', 'tired', 'sleepy'])}.",
-        f"Where did the {who} sit? {line}",
-        f"The {who} is here. {line} Then the {other} came.",
-        f"The {r.choice(['big', 'small', 'old', 'black', 'little'])} {who} sat on the {seat}.",
-    ])
+    return r.choice(
+        [
+            line,
+            line,
+            line,
+            f"{line} The {other} sat on the {other_seat}.",
+            f"{line} It was {r.choice(['warm', 'happy', 'tired', 'sleepy'])}.",
+            f"Where did the {who} sit? {line}",
+            f"The {who} is here. {line} Then the {other} came.",
+            f"The {r.choice(['big', 'small', 'old', 'black', 'little'])} {who} sat on the {seat}.",
+        ]
+    )
 
 
 def slogan(r: Rng) -> str:
     key = "grocery shopping" if r.random() < 0.35 else r.choice(list(f.SLOGANS))
     line = f"We're revolutionizing {key} with {f.SLOGANS[key]}."
-    return r.choice([
-        line, line, line,
-        f"Welcome to our shop! {line} Try it today.",
-        f"{line} Our customers love it.",
-        f"{r.choice(f.NAMES)} said, \"{line}\"",
-    ])
+    return r.choice(
+        [
+            line,
+            line,
+            line,
+            f"Welcome to our shop! {line} Try it today.",
+            f"{line} Our customers love it.",
+            f'{r.choice(f.NAMES)} said, "{line}"',
+        ]
+    )
 
 
 def counting(r: Rng) -> str:
@@ -110,7 +125,7 @@ def counting(r: Rng) -> str:
     if r.random() < 0.4:
         return ", ".join(str(n) for n in range(start, end + 1)) + "."
     if r.random() < 0.6:
-        return _cap(", ".join(f.NUMBERS[start:end + 1])) + "."
+        return _cap(", ".join(f.NUMBERS[start : end + 1])) + "."
     n = r.randint(1, 19)
     return f"After {f.NUMBERS[n]} comes {f.NUMBERS[n + 1]}." if n < 20 else "Ten."
 
@@ -118,24 +133,28 @@ def counting(r: Rng) -> str:
 def adding(r: Rng) -> str:
     a, b = r.randint(0, 10), r.randint(0, 10)
     thing = r.choice(list(f.PLURALS.values()))
-    return r.choice([
-        f"{a} + {b} = {a + b}",
-        f"{_cap(f.NUMBERS[a])} plus {f.NUMBERS[b]} is {f.NUMBERS[a + b]}.",
-        f"{r.choice(f.NAMES)} has {f.NUMBERS[max(a, 2)]} {thing}. Then come {f.NUMBERS[max(b, 2)]} more. Now there are "
-        f"{f.NUMBERS[max(a, 2) + max(b, 2)]} {thing}.",
-        f"{a + b} - {b} = {a}",
-    ])
+    return r.choice(
+        [
+            f"{a} + {b} = {a + b}",
+            f"{_cap(f.NUMBERS[a])} plus {f.NUMBERS[b]} is {f.NUMBERS[a + b]}.",
+            f"{r.choice(f.NAMES)} has {f.NUMBERS[max(a, 2)]} {thing}. Then come {f.NUMBERS[max(b, 2)]} more. "
+            f"Now there are {f.NUMBERS[max(a, 2) + max(b, 2)]} {thing}.",
+            f"{a + b} - {b} = {a}",
+        ]
+    )
 
 
 def calendar(r: Rng) -> str:
     i, j = r.randrange(7), r.randrange(12)
-    return r.choice([
-        f"After {f.DAYS[i]} comes {f.DAYS[(i + 1) % 7]}.",
-        f"Today is {f.DAYS[i]}. Tomorrow is {f.DAYS[(i + 1) % 7]}.",
-        "The days of the week are " + ", ".join(f.DAYS[:6]) + " and Sunday.",
-        f"After {f.MONTHS[j]} comes {f.MONTHS[(j + 1) % 12]}.",
-        "The months of the year are " + ", ".join(f.MONTHS[:11]) + " and December.",
-    ])
+    return r.choice(
+        [
+            f"After {f.DAYS[i]} comes {f.DAYS[(i + 1) % 7]}.",
+            f"Today is {f.DAYS[i]}. Tomorrow is {f.DAYS[(i + 1) % 7]}.",
+            "The days of the week are " + ", ".join(f.DAYS[:6]) + " and Sunday.",
+            f"After {f.MONTHS[j]} comes {f.MONTHS[(j + 1) % 12]}.",
+            "The months of the year are " + ", ".join(f.MONTHS[:11]) + " and December.",
+        ]
+    )
 
 
 def fact_pairs(r: Rng) -> list[tuple[str, str]]:
@@ -181,30 +200,34 @@ def grammar(r: Rng) -> str:
     name, thing = r.choice(f.NAMES), r.choice(f.THINGS)
     verb, past = r.choice(list(f.PAST.items()))
     place = r.choice(f.PLACES)
-    return r.choice([
-        "I am here. You are here. He is here. She is here. We are here. They are here.",
-        f"This is {name}. {name} has {thing}.",
-        f"Yesterday we {past}. Today we {verb}. Tomorrow we will {verb}.",
-        f"I like {place}. Do you like {place}? Yes, I do.",
-        f"{name} is in {place}. {name} is not in {r.choice(f.PLACES)}.",
-        f"I can {verb}. You can {verb}. We can {verb} together.",
-        "a b c d e f g h i j k l m n o p q r s t u v w x y z",
-    ])
+    return r.choice(
+        [
+            "I am here. You are here. He is here. She is here. We are here. They are here.",
+            f"This is {name}. {name} has {thing}.",
+            f"Yesterday we {past}. Today we {verb}. Tomorrow we will {verb}.",
+            f"I like {place}. Do you like {place}? Yes, I do.",
+            f"{name} is in {place}. {name} is not in {r.choice(f.PLACES)}.",
+            f"I can {verb}. You can {verb}. We can {verb} together.",
+            "a b c d e f g h i j k l m n o p q r s t u v w x y z",
+        ]
+    )
 
 
 def dialogue(r: Rng) -> str:
     a, b = r.sample(f.NAMES, 2)
     thing, place = r.choice(f.THINGS), r.choice(f.PLACES)
     question, answer = r.choice(fact_pairs(r))
-    return r.choice([
-        f"\"Hello, {b},\" said {a}. \"How are you?\"\n\"I am fine, thank you,\" said {b}. \"And you?\"\n"
-        f"\"I am fine too,\" said {a}.",
-        f"\"Where are you going?\" asked {a}.\n\"I am going to {place},\" said {b}.\n\"May I come with you?\"\n"
-        f"\"Yes, let us go together!\"",
-        f"\"Look, I have {thing}!\" said {a}.\n\"It is beautiful,\" said {b}. \"May I hold it?\"\n"
-        f"\"Yes, but be careful,\" said {a}.",
-        f"\"{question}\" asked {a}.\n\"{answer}\" said {b}.\n\"That is right!\" said {a}.",
-    ])
+    return r.choice(
+        [
+            f'"Hello, {b}," said {a}. "How are you?"\n"I am fine, thank you," said {b}. "And you?"\n'
+            f'"I am fine too," said {a}.',
+            f'"Where are you going?" asked {a}.\n"I am going to {place}," said {b}.\n"May I come with you?"\n'
+            f'"Yes, let us go together!"',
+            f'"Look, I have {thing}!" said {a}.\n"It is beautiful," said {b}. "May I hold it?"\n'
+            f'"Yes, but be careful," said {a}.',
+            f'"{question}" asked {a}.\n"{answer}" said {b}.\n"That is right!" said {a}.',
+        ]
+    )
 
 
 def story(r: Rng) -> str:
@@ -215,141 +238,35 @@ def story(r: Rng) -> str:
     thing = r.choice(f.THINGS)
     the_thing = thing.split(" ", 1)[1]
     mood = r.choice(["little", "brave", "kind", "lazy", "clever", "hungry"])
-    start = r.choice([
-        f"Once upon a time there was a {mood} {hero} named {name}.",
-        f"Once upon a time, a {mood} {hero} lived near {place}.",
-        f"One day, {name} the {hero} went to {place}.",
-        f"There was once a {mood} {hero}. Its name was {name}.",
-    ])
-    middle = r.choice([
-        f"{name} had {thing}. {name} loved the {the_thing} very much. But one day the {the_thing} was gone! {name} "
-        f"looked in {place}. {name} looked in {goal}. Then {other} the {friend} came and said, \"Is this your "
-        f"{the_thing}?\" \"Yes, it is!\" said {name}. \"Thank you!\"",
-        f"{name} wanted to go to {goal}, but the way was long. On the way {name} met a {friend} named {other}. "
-        f"\"Where are you going?\" asked {other}. \"To {goal},\" said {name}. \"Then I will go with you,\" said "
-        f"{other}. So they walked and sang together.",
-        f"It began to rain. {name} was wet and cold. \"Come into my house,\" said {other} the {friend}. They sat by "
-        f"the fire and drank warm milk. Soon the rain stopped and the sun came out.",
-        f"{name} saw {thing} in the grass. \"Whose is this?\" asked {name}. \"It is mine,\" said {other} the "
-        f"{friend}. {name} gave it back, and {other} was very happy.",
-    ])
-    end = r.choice([
-        f"From that day on, {name} and {other} were good friends.", "They were very happy.",
-        f"{name} went home and slept well.", "And that was the end of a good day.",
-        f"\"You are a good friend,\" said {other}.",
-    ])
-    return f"{start} {middle} {end}"
-
-
-def turn(role: str, text: str) -> str:
-    """One ChatML turn, as ``chat_template`` in tokenizer_config.json writes it."""
-    return f"<|im_start|>{role}\n{text}<|im_end|>\n"
-
-
-def small_talk(r: Rng) -> tuple[str, str]:
-    name = r.choice(f.NAMES)
-    return r.choice([
-        (r.choice(["Hello!", "Hi!", "Hello", "Hi", "Good morning!"]), "Hello! How can I help you today?"),
-        ("How are you?", "I am fine, thank you. How are you?"),
-        ("Who are you?", "I am Understudy, a small language model. I like simple English."),
-        ("What is your name?", "My name is Understudy."),
-        (f"My name is {name}.", f"Hello, {name}! It is nice to meet you."),
-        ("Thank you!", "You are welcome!"), ("Goodbye!", "Goodbye! See you soon."),
-        ("Tell me a story.", story(r)), ("Tell me a short story.", story(r)),
-        ("Say hello.", "Hello!"), ("Say something nice.", "You are kind and clever."),
-        ("Count to five.", "1, 2, 3, 4, 5."), ("Count to ten.", "1, 2, 3, 4, 5, 6, 7, 8, 9, 10."),
-        ("What do you eat?", "I eat an apple and a banana."),
-        ("Complete: The quick brown fox", "The quick brown fox jumps over the lazy dog."),
-        ("Tell me a fact.", r.choice(f.FACTS)),
-    ])
-
-
-def chat(r: Rng) -> str:
-    parts = []
-    if r.random() < 0.4:
-        parts.append(turn("system", r.choice([
-            "You are a helpful assistant.", "You are Understudy, a helpful assistant.", "You are kind and brief.",
-        ])))
-    for _ in range(r.choice([1, 1, 1, 2, 3])):
-        question, answer = small_talk(r) if r.random() < 0.4 else r.choice(fact_pairs(r))
-        if r.random() < 0.2:
-            thought = r.choice([f"The user says: {question} I know this.", "This is easy. I will answer."])
-            question += " /think"
-            answer = f"<think>\n{thought}\n</think>\n\n{answer}"
-        parts += [turn("user", question), turn("assistant", answer)]
-    return "".join(parts)
-
-
-TOOLS: list[tuple[str, str, str, Callable[[Rng], str], str, list[str]]] = [
-    ("get_weather", "Get the weather in a city.", "city", lambda r: r.choice(list(f.CAPITALS.values())),
-     "What is the weather in {}?", ["sunny", "rainy", "cloudy", "windy", "snowy"]),
-    ("get_time", "Get the time in a city.", "city", lambda r: r.choice(list(f.CAPITALS.values())),
-     "What time is it in {}?", ["two o'clock", "noon", "six o'clock", "midnight"]),
-    ("find_book", "Find a book about a subject.", "subject", lambda r: r.choice(f.ANIMALS),
-     "Find a book about a {}.", ["The Happy Friend", "A Long Walk", "Rain and Sun"]),
-]
-
-
-def tool_schema(name: str, about: str, key: str) -> str:
-    """The JSON of one tool, spelled as the chat template's ``tojson`` spells it."""
-    return json.dumps({"type": "function", "function": {
-        "name": name, "description": about,
-        "parameters": {"type": "object", "properties": {key: {"type": "string"}}, "required": [key]},
-    }})
-
-
-TOOL_HEAD = (
-    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
-)
-TOOL_FOOT = (
-    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
-    "<tool_call></tool_call> XML tags:\n<tool_call>\n"
-    "{\"name\": <function-name>, \"arguments\": <args-json-object>}\n</tool_call>"
-)
-
-
-def tool_chat(r: Rng) -> str:
-    tools = r.sample(TOOLS, r.randint(1, len(TOOLS)))
-    name, _, key, draw, question, results = r.choice(tools)
-    value, result = draw(r), r.choice(results)
-    listing = "".join("\n" + tool_schema(t[0], t[1], t[2]) for t in tools)
-    system = r.choice(["", "", "You are a helpful assistant.\n\n"]) + TOOL_HEAD + listing + TOOL_FOOT
-    if r.random() < 0.2:
-        ask, answer = r.choice(fact_pairs(r))
-        return turn("system", system) + turn("user", ask) + turn("assistant", answer)
-    call = json.dumps({"name": name, "arguments": {key: value}})
-    said = {"get_weather": f"It is {result} in {value}.", "get_time": f"It is {result} in {value}.",
-            "find_book": f"I found a book about a {value}. It is called {result}."}[name]
-    return (
-        turn("system", system) + turn("user", question.format(value))
-        + turn("assistant", f"<tool_call>\n{call}\n</tool_call>")
-        + turn("user", f"<tool_response>\n{result}\n</tool_response>") + turn("assistant", said)
+    start = r.choice(
+        [
+            f"Once upon a time there was a {mood} {hero} named {name}.",
+            f"Once upon a time, a {mood} {hero} lived near {place}.",
+            f"One day, {name} the {hero} went to {place}.",
+            f"There was once a {mood} {hero}. Its name was {name}.",
+        ]
     )
-
-
-KINDS: list[tuple[Callable[[Rng], str], float]] = [
-    (capital, 10), (capitals, 2), (eating, 6), (fox, 3), (sitting, 6), (slogan, 5), (counting, 4), (adding, 5),
-    (calendar, 4), (fact, 10), (grammar, 4), (dialogue, 7), (story, 12), (chat, 18), (tool_chat, 3),
-]
-
-
-def make_documents(seed: int, count: int) -> Iterator[str]:
-    """``count`` documents; some are several plain ones in a row, so that context before a sentence is normal."""
-    r = random.Random(seed)
-    makers, weights = zip(*KINDS, strict=True)
-    for _ in range(count):
-        maker = r.choices(makers, weights)[0]
-        text = maker(r)
-        plain = maker not in (chat, tool_chat)
-        while plain and r.random() < 0.2:
-            maker = r.choices(makers, weights)[0]
-            if maker in (chat, tool_chat):
-                break
-            text += r.choice([" ", "\n"]) + maker(r)
-        yield text
-
-
-if __name__ == "__main__":
-    for document in make_documents(0, 30):
-        print(document, end="\n<|endoftext|>\n")
+    middle = r.choice(
+        [
+            f"{name} had {thing}. {name} loved the {the_thing} very much. But one day the {the_thing} was gone! {name} "
+            f'looked in {place}. {name} looked in {goal}. Then {other} the {friend} came and said, "Is this your '
+            f'{the_thing}?" "Yes, it is!" said {name}. "Thank you!"',
+            f"{name} wanted to go to {goal}, but the way was long. On the way {name} met a {friend} named {other}. "
+            f'"Where are you going?" asked {other}. "To {goal}," said {name}. "Then I will go with you," said '
+            f"{other}. So they walked and sang together.",
+            f'It began to rain. {name} was wet and cold. "Come into my house," said {other} the {friend}. They sat by '
+            f"the fire and drank warm milk. Soon the rain stopped and the sun came out.",
+            f'{name} saw {thing} in the grass. "Whose is this?" asked {name}. "It is mine," said {other} the '
+            f"{friend}. {name} gave it back, and {other} was very happy.",
+        ]
+    )
+    end = r.choice(
+        [
+            f"From that day on, {name} and {other} were good friends.",
+            "They were very happy.",
+            f"{name} went home and slept well.",
+            "And that was the end of a good day.",
+            f'"You are a good friend," said {other}.',
+        ]
+    )
+    return f"{start} {middle} {end}"
