@@ -1,0 +1,142 @@
+// The SwiGLU experts of one layer. Rows are sorted by expert, so that each chosen expert's weights are read once and no other's at all;
+// gate and up with silu between, then down, then every row's weighted outputs are added in the order of its slots.
+#include <algorithm>
+#include <cstdlib>
+#include <vector>
+
+#include "linear.h"
+#include "pool.h"
+
+namespace understudy {
+
+struct Experts {
+    std::vector<Linear *> gate, up, down;
+};
+
+namespace {
+
+long size_of(Dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+// Memory of the calling thread that is kept from call to call.
+struct Workspace {
+    char *memory = nullptr;
+    std::size_t bytes = 0;
+    ~Workspace() { std::free(memory); }
+    char *get(std::size_t needed) {
+        if (needed > bytes) {
+            std::free(memory);
+            memory = static_cast<char *>(stream_memory(needed));
+            bytes = memory ? needed : 0;
+        }
+        return memory;
+    }
+};
+
+// Slot s = t * k + j of the gate's choice stands at place[s] among the rows sorted by expert; expert e has rows [start[e], start[e + 1]).
+struct Order {
+    std::vector<long> start, place;
+
+    Order(const std::int32_t *ids, long slots, long experts) : start(experts + 1, 0), place(slots) {
+        for (long s = 0; s < slots; s++) start[ids[s] + 1]++;
+        for (long e = 0; e < experts; e++) start[e + 1] += start[e];
+        std::vector<long> next(start.begin(), start.end() - 1);
+        for (long s = 0; s < slots; s++) place[s] = next[ids[s]]++;
+    }
+};
+
+template <class T> void silu_mul_columns(T *gate, const T *up, long stride, long rows, long begin, long end) {
+    for (long i = 0; i < rows; i++) {
+        for (long c = begin; c < end; c += LANES) {
+            const floats g = load(gate + i * stride + c, end - c);
+            store(gate + i * stride + c, g * sigmoid(g) * load(up + i * stride + c, end - c), end - c);
+        }
+    }
+}
+
+template <class T> void combine(const T *out, T *y, const float *weights, const long *place, long k, long h) {
+    for (long c = 0; c < h; c += LANES) {
+        floats sum = splat(0.0f);
+        for (long j = 0; j < k; j++) sum = sum + splat(weights[j]) * load(out + place[j] * h + c, h - c);
+        store(y + c, sum, h - c);
+    }
+}
+
+// Calls f(expert, first panel, last panel + 1) for all panels of all experts that have rows.
+template <class F> void each_chosen(const std::vector<Linear *> &linears, const Order &order, F &&f) {
+    std::vector<long> chosen;
+    for (std::size_t e = 0; e < linears.size(); e++)
+        if (order.start[e + 1] > order.start[e]) chosen.push_back(static_cast<long>(e));
+    if (chosen.empty()) return;
+    const Linear &any = *linears[0];
+    const long rows = order.start.back() / static_cast<long>(chosen.size());  // a typical expert's
+    const long least = rows <= 32 ? (1L << 16) / any.panel_bytes : std::min<long>(4, any.panels / threads());
+    const long grain = std::max<long>(1, least), pieces = (any.panels + grain - 1) / grain;
+    parallel(static_cast<long>(chosen.size()) * pieces, 1, [&](long from, long to) {
+        for (long piece = from; piece < to; piece++) {
+            const long panel = piece % pieces * grain;
+            f(chosen[static_cast<std::size_t>(piece / pieces)], panel, std::min(panel + grain, any.panels));
+        }
+    });
+}
+
+template <class T>
+bool run(const Experts &experts, const void *x, long x_stride, void *y, long y_stride, const std::int32_t *ids, const float *weights, long t, long k) {
+    const Linear &first = *experts.gate[0];
+    const long h = first.k, f = first.n, slots = t * k;
+    thread_local Workspace workspace;
+    const long row_h = h * static_cast<long>(sizeof(T)), row_f = f * static_cast<long>(sizeof(T));
+    const auto padded = [](long bytes) { return (bytes + 63) / 64 * 64; };
+    char *input = workspace.get(static_cast<std::size_t>(2 * padded(slots * row_h) + 2 * padded(slots * row_f)));
+    if (!input) return false;
+    char *gate = input + padded(slots * row_h), *up = gate + padded(slots * row_f), *output = up + padded(slots * row_f);
+    const Order order(ids, slots, static_cast<long>(experts.gate.size()));
+    parallel(slots, 64, [&](long begin, long end) {
+        for (long s = begin; s < end; s++)
+            std::memcpy(input + order.place[s] * row_h, static_cast<const T *>(x) + s / k * x_stride, static_cast<std::size_t>(row_h));
+    });
+    const Kernels &kernels = kernels_of(first);
+    each_chosen(experts.gate, order, [&](long e, long begin, long end) {
+        const long row = order.start[e], m = order.start[e + 1] - row;
+        kernels.multiply(*experts.gate[e], Rows{input + row * row_h, h, gate + row * row_f, f, m}, begin, end);
+        kernels.multiply(*experts.up[e], Rows{input + row * row_h, h, up + row * row_f, f, m}, begin, end);
+        silu_mul_columns(reinterpret_cast<T *>(gate + row * row_f), reinterpret_cast<const T *>(up + row * row_f), f, m, begin * first.width,
+                         std::min(end * first.width, f));
+    });
+    each_chosen(experts.down, order, [&](long e, long begin, long end) {
+        const long row = order.start[e], m = order.start[e + 1] - row;
+        kernels.multiply(*experts.down[e], Rows{gate + row * row_f, f, output + row * row_h, h, m}, begin, end);
+    });
+    parallel(t, 16, [&](long begin, long end) {
+        for (long i = begin; i < end; i++)
+            combine(reinterpret_cast<const T *>(output), static_cast<T *>(y) + i * y_stride, weights + i * k, &order.place[i * k], k, h);
+    });
+    return true;
+}
+
+}  // namespace
+}  // namespace understudy
+
+using namespace understudy;
+
+// `linears`: gate, up and down of each expert, 3 * count of them, which stay the caller's.
+extern "C" Experts *understudy_experts_new(Linear *const *linears, long count) {
+    Experts *experts = new Experts;
+    for (long e = 0; e < count; e++) {
+        experts->gate.push_back(linears[3 * e]);
+        experts->up.push_back(linears[3 * e + 1]);
+        experts->down.push_back(linears[3 * e + 2]);
+    }
+    return experts;
+}
+
+extern "C" void understudy_experts_free(Experts *experts) { delete experts; }
+
+// x [t, H], ids and weights [t, k], y [t, H]. 0; 1: an id names no expert; 2: no memory.
+extern "C" int understudy_experts(const Experts *experts, const void *x, long x_stride, void *y, long y_stride, const std::int32_t *ids,
+                                  const float *weights, long t, long k) {
+    const auto count = static_cast<std::int32_t>(experts->gate.size());
+    if (std::any_of(ids, ids + t * k, [&](std::int32_t id) { return id < 0 || id >= count; })) return 1;
+    const Dtype dtype = experts->gate[0]->dtype;
+    const auto function = dtype == FLOAT32 ? run<float> : dtype == BFLOAT16 ? run<bf16> : run<fp16>;
+    return function(*experts, x, x_stride, y, y_stride, ids, weights, t, k) ? 0 : 2;
+}

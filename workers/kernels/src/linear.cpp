@@ -1,0 +1,118 @@
+#include "linear.h"
+
+#include <malloc.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "pool.h"
+
+namespace understudy {
+
+const Kernels &kernels_of(const Linear &linear) {
+    if (linear.family == AMX) return *amx_kernels();
+    if (linear.family == AVX512BF16) return *avx512bf16_kernels();
+    return *generic_kernels(linear.dtype);
+}
+
+void *stream_memory(std::size_t bytes) {
+    const std::size_t huge = std::size_t{2} << 20, align = bytes >= huge ? huge : 64;
+    const std::size_t size = (bytes + align - 1) / align * align;
+    void *memory = std::aligned_alloc(align, std::max(size, align));
+#ifdef MADV_HUGEPAGE
+    if (memory && align == huge) madvise(memory, size, MADV_HUGEPAGE);  // a hint: without it reading is slower, not wrong
+#endif
+    return memory;
+}
+
+void multiply(const Linear &linear, const Rows &rows) {
+    if (rows.m <= 0) return;
+    const Kernels &kernels = kernels_of(linear);
+    const long most = kernels.row_block(linear, rows.m), even = (rows.m + most - 1) / most;
+    const long block = even > 1 ? ((rows.m + even - 1) / even + 31) / 32 * 32 : rows.m, blocks = (rows.m + block - 1) / block;
+    // Few rows: the weights are read once, in pieces worth taking. Many: rectangles that fit the cache, some for each thread.
+    long pieces = 0;
+    if (rows.m <= 32) {
+        pieces = linear.panels / std::max<long>(1, (1L << 16) / linear.panel_bytes);
+    } else {
+        const long least = std::max((linear.panels + kernels.panel_block - 1) / kernels.panel_block, (4L * threads() + blocks - 1) / blocks);
+        pieces = (least + threads() - 1) / threads() * threads();
+    }
+    const long grain = std::max<long>(1, linear.panels / std::max<long>(pieces, 1));
+    pieces = (linear.panels + grain - 1) / grain;
+    const long x_bytes = linear.dtype == FLOAT32 ? 4 : 2;
+    parallel(blocks * pieces, 1, [&](long from, long to) {
+        for (long piece = from; piece < to; piece++) {
+            const long row = piece / pieces * block, panel = piece % pieces * grain;
+            const Rows part{static_cast<const char *>(rows.x) + row * rows.x_stride * x_bytes, rows.x_stride,
+                            static_cast<char *>(rows.y) + row * rows.y_stride * x_bytes, rows.y_stride, std::min(block, rows.m - row)};
+            kernels.multiply(linear, part, panel, std::min(panel + grain, linear.panels));
+        }
+    });
+}
+
+}  // namespace understudy
+
+using namespace understudy;
+
+// Asks the C library to keep freed memory up to 1 GB instead of handing it back: a step's activations would else be fresh pages in every
+// layer, and clearing those takes as long as some of the products that fill them.
+extern "C" void understudy_keep_memory() {
+#ifdef __GLIBC__
+    mallopt(M_MMAP_THRESHOLD, 32 << 20);  // the largest it takes
+    mallopt(M_TRIM_THRESHOLD, 1 << 30);
+    mallopt(M_TOP_PAD, 64 << 20);
+#endif
+}
+
+// Whether this build, on this CPU, has the family.
+extern "C" int understudy_has_family(int family) {
+    if (family == AMX) return amx_kernels() != nullptr;
+    if (family == AVX512BF16) return avx512bf16_kernels() != nullptr;
+    return family == GENERIC;
+}
+
+// Packs w [n, k] (rows w_stride elements apart) and bias [n] (or null), both of that dtype. Null when there is no memory.
+extern "C" Linear *understudy_linear_new(int family, int dtype, const void *w, long n, long k, long w_stride, const void *bias) {
+    Linear *linear = new Linear{static_cast<Family>(family), static_cast<Dtype>(dtype), n, k, 0, 0, 0, nullptr, nullptr};
+    const Kernels &kernels = kernels_of(*linear);
+    linear->width = kernels.width;
+    linear->panels = (n + kernels.width - 1) / kernels.width;
+    linear->panel_bytes = kernels.panel_bytes(k);
+    linear->packed = static_cast<char *>(stream_memory(static_cast<std::size_t>(linear->panels * linear->panel_bytes)));
+    const long columns = linear->panels * linear->width;
+    if (bias) linear->bias = static_cast<float *>(stream_memory(static_cast<std::size_t>(columns) * sizeof(float)));
+    if (!linear->packed || (bias && !linear->bias)) {
+        std::free(linear->packed);
+        std::free(linear->bias);
+        delete linear;
+        return nullptr;
+    }
+    if (bias) {
+        std::fill_n(linear->bias, columns, 0.0f);
+        for (long i = 0; i < n; i += LANES) {
+            const long left = n - i;
+            floats v;
+            if (dtype == FLOAT32) v = load(static_cast<const float *>(bias) + i, left);
+            else if (dtype == BFLOAT16) v = load(static_cast<const bf16 *>(bias) + i, left);
+            else v = load(static_cast<const fp16 *>(bias) + i, left);
+            store(linear->bias + i, v, left);
+        }
+    }
+    parallel(linear->panels, 1, [&](long from, long to) {
+        for (long panel = from; panel < to; panel++) kernels.pack(*linear, w, w_stride, panel);
+    });
+    return linear;
+}
+
+extern "C" void understudy_linear_free(Linear *linear) {
+    if (!linear) return;
+    std::free(linear->packed);
+    std::free(linear->bias);
+    delete linear;
+}
+
+extern "C" void understudy_linear(const Linear *linear, const void *x, long x_stride, void *y, long y_stride, long m) {
+    multiply(*linear, Rows{x, x_stride, y, y_stride, m});
+}

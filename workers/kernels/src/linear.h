@@ -1,0 +1,57 @@
+// y = x W^T + b with packed weights. Three families of kernels share one form; a process uses one family for all row counts, and each
+// sums an output over the whole of k in ascending order in one float32 accumulator, so that its bits depend on its own row and column alone.
+//
+// Weights are packed once into panels of some columns, each in the order in which its kernel reads it, so that a panel is one stream of memory.
+#pragma once
+#include <cstdint>
+
+#include "simd.h"
+
+namespace understudy {
+
+enum Family : int { GENERIC = 0, AVX512BF16 = 1, AMX = 2 };
+
+struct Linear {
+    Family family;
+    Dtype dtype;
+    long n, k;
+    long width;        // columns of a panel
+    long panels;       // ceil(n / width)
+    long panel_bytes;  // a multiple of 64
+    char *packed;
+    float *bias;       // [panels * width], or null
+};
+
+// A block of rows. `stride` counts elements; within a row elements are adjacent.
+struct Rows {
+    const void *x;
+    long x_stride;
+    void *y;
+    long y_stride;
+    long m;
+};
+
+// What a family provides. `pack` fills one panel from w [n, k]; `multiply` computes all rows for panels [begin, end) in the calling thread.
+struct Kernels {
+    long width;
+    long (*panel_bytes)(long k);
+    void (*pack)(const Linear &linear, const void *w, long w_stride, long panel);
+    void (*multiply)(const Linear &linear, const Rows &rows, long begin, long end);
+    // For the cache: rows that one call should get when m are to be done, and panels.
+    long (*row_block)(const Linear &linear, long m);
+    long panel_block;
+};
+
+const Kernels *generic_kernels(Dtype dtype);
+const Kernels *avx512bf16_kernels();  // null where this build or this CPU lacks them
+const Kernels *amx_kernels();
+
+const Kernels &kernels_of(const Linear &linear);
+
+// Memory for something that is read as one stream: aligned to 2 MiB and on huge pages where it is large. Null when there is none.
+void *stream_memory(std::size_t bytes);
+
+// The family's kernel over rows and panels, shared among the threads.
+void multiply(const Linear &linear, const Rows &rows);
+
+}  // namespace understudy

@@ -1,0 +1,98 @@
+// float32, and bfloat16 or float16 widened to float32 as they are read, on any CPU: one multiply-add after another for each output.
+// A panel holds for each k its columns' values; a register tile is some rows by a panel.
+#include "linear.h"
+
+#include <algorithm>
+
+#include "pool.h"
+
+namespace understudy {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int VECTORS = 4, ROWS = 6;  // 24 of 32 registers hold sums
+#elif defined(__AVX2__)
+constexpr int VECTORS = 1, ROWS = 6;  // a vector is two registers: 12 of 16
+#else
+constexpr int VECTORS = 1, ROWS = 4;
+#endif
+constexpr long WIDTH = VECTORS * LANES;
+
+template <class T> long panel_bytes(long k) { return k * WIDTH * static_cast<long>(sizeof(T)); }
+
+template <class T> void pack(const Linear &linear, const void *w, long w_stride, long panel) {
+    const auto *source = static_cast<const T *>(w);
+    auto *out = reinterpret_cast<T *>(linear.packed + panel * linear.panel_bytes);
+    std::memset(out, 0, static_cast<std::size_t>(linear.panel_bytes));
+    const long columns = std::min(WIDTH, linear.n - panel * WIDTH);
+    for (long j = 0; j < columns; j++) {
+        const T *row = source + (panel * WIDTH + j) * w_stride;
+        for (long k = 0; k < linear.k; k++) out[k * WIDTH + j] = row[k];
+    }
+}
+
+template <class T, int R> void tile(const Linear &linear, const float *x, long x_stride, T *y, long y_stride, long panel) {
+    const T *w = reinterpret_cast<const T *>(linear.packed + panel * linear.panel_bytes);
+    floats sums[R][VECTORS];
+    for (auto &row : sums)
+        for (floats &value : row) value = splat(0.0f);
+    for (long k = 0; k < linear.k; k++, w += WIDTH) {
+        floats columns[VECTORS];
+        for (int j = 0; j < VECTORS; j++) columns[j] = widen(w + LANES * j);
+        __builtin_prefetch(reinterpret_cast<const char *>(w) + 4096);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++) {
+            const floats value = splat(x[i * x_stride + k]);
+#pragma GCC unroll 4
+            for (int j = 0; j < VECTORS; j++) sums[i][j] = fma(value, columns[j], sums[i][j]);
+        }
+    }
+    const long columns = std::min(WIDTH, linear.n - panel * WIDTH);
+    for (int i = 0; i < R; i++) {
+        for (long j = 0; j < VECTORS && j * LANES < columns; j++) {
+            const long at = panel * WIDTH + j * LANES;
+            const floats value = linear.bias ? sums[i][j] + widen(linear.bias + at) : sums[i][j];
+            store(y + i * y_stride + at, value, columns - j * LANES);
+        }
+    }
+}
+
+template <class T> void multiply(const Linear &linear, const Rows &rows, long begin, long end) {
+    static constexpr decltype(&tile<T, 1>) tiles[] = {nullptr, tile<T, 1>, tile<T, 2>, tile<T, 3>, tile<T, 4>, tile<T, 5>, tile<T, 6>};
+    const float *x = nullptr;
+    long x_stride = 0;
+    if constexpr (sizeof(T) == 4) {
+        x = static_cast<const float *>(rows.x);
+        x_stride = rows.x_stride;
+    } else {
+        const long wide = (linear.k + LANES - 1) / LANES * LANES;
+        auto *copy = static_cast<float *>(scratch(static_cast<std::size_t>(rows.m * wide) * sizeof(float)));
+        for (long i = 0; i < rows.m; i++)
+            for (long k = 0; k < linear.k; k += LANES)
+                store(copy + i * wide + k, load(static_cast<const T *>(rows.x) + i * rows.x_stride + k, linear.k - k));
+        x = copy;
+        x_stride = wide;
+    }
+    T *y = static_cast<T *>(rows.y);
+    for (long panel = begin; panel < end; panel++) {
+        for (long row = 0; row < rows.m;) {
+            const long left = rows.m - row, count = std::min<long>(left, ROWS);
+            tiles[count](linear, x + row * x_stride, x_stride, y + row * rows.y_stride, rows.y_stride, panel);
+            row += count;
+        }
+    }
+}
+
+// Half of a cache of 1 MB; a panel of the other operand passes by.
+long row_block(const Linear &linear, long) { return std::max<long>(8 * ROWS, (1L << 19) / (linear.k * 4) / ROWS * ROWS); }
+
+template <class T> constexpr Kernels kernels{WIDTH, panel_bytes<T>, pack<T>, multiply<T>, row_block, 4};
+
+}  // namespace
+
+const Kernels *generic_kernels(Dtype dtype) {
+    if (dtype == FLOAT32) return &kernels<float>;
+    return dtype == BFLOAT16 ? &kernels<bf16> : &kernels<fp16>;
+}
+
+}  // namespace understudy

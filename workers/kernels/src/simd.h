@@ -1,0 +1,175 @@
+// Sixteen floats at a time, for every CPU. All arithmetic is spelled out (these files are built with -ffp-contract=off), and what a lane
+// computes never depends on its neighbours, so a value has the same bits in a full vector and in the tail of a row.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace understudy {
+
+typedef float floats __attribute__((vector_size(64)));
+typedef std::int32_t ints __attribute__((vector_size(64)));
+typedef std::uint32_t uints __attribute__((vector_size(64)));
+typedef std::uint16_t halves __attribute__((vector_size(32)));
+
+constexpr int LANES = 16;
+
+enum Dtype : int { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+struct bf16 { std::uint16_t bits; };
+struct fp16 { std::uint16_t bits; };
+
+inline floats splat(float x) { return floats{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+
+inline floats fma(floats a, floats b, floats c) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<floats>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#else
+    floats result;
+#if defined(__FMA__)
+    for (int half = 0; half < 2; half++) {
+        __m256 x, y, z;
+        std::memcpy(&x, reinterpret_cast<float *>(&a) + 8 * half, 32);
+        std::memcpy(&y, reinterpret_cast<float *>(&b) + 8 * half, 32);
+        std::memcpy(&z, reinterpret_cast<float *>(&c) + 8 * half, 32);
+        z = _mm256_fmadd_ps(x, y, z);
+        std::memcpy(reinterpret_cast<float *>(&result) + 8 * half, &z, 32);
+    }
+#else
+    result = a * b + c;
+#endif
+    return result;
+#endif
+}
+
+inline floats widen_bf16(halves h) { return reinterpret_cast<floats>(__builtin_convertvector(h, uints) << 16); }
+
+// To the nearest, ties to even; NaN stays NaN.
+inline halves narrow_bf16(floats x) {
+    const uints u = reinterpret_cast<uints>(x);
+    const uints rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
+    const uints quiet = (u >> 16) | 0x40;
+    const ints nan = reinterpret_cast<ints>((u & 0x7FFFFFFF) > 0x7F800000);
+    const uints mask = reinterpret_cast<uints>(nan);
+    return __builtin_convertvector((quiet & mask) | (rounded & ~mask), halves);
+}
+
+inline floats widen_fp16(halves h) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<floats>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(h)));
+#else
+    floats result;
+    for (int i = 0; i < LANES; i++) {
+        const std::uint16_t bits = h[i];
+        _Float16 value;
+        std::memcpy(&value, &bits, 2);
+        result[i] = static_cast<float>(value);
+    }
+    return result;
+#endif
+}
+
+inline halves narrow_fp16(floats x) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<halves>(_mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+    halves result;
+    for (int i = 0; i < LANES; i++) {
+        const _Float16 value = static_cast<_Float16>(x[i]);
+        std::uint16_t bits;
+        std::memcpy(&bits, &value, 2);
+        result[i] = bits;
+    }
+    return result;
+#endif
+}
+
+inline floats widen(const float *p) {
+    floats v;
+    std::memcpy(&v, p, 64);
+    return v;
+}
+inline floats widen(const bf16 *p) {
+    halves v;
+    std::memcpy(&v, p, 32);
+    return widen_bf16(v);
+}
+inline floats widen(const fp16 *p) {
+    halves v;
+    std::memcpy(&v, p, 32);
+    return widen_fp16(v);
+}
+
+// The first n of 16 lanes; the others are `fill`.
+template <class T> inline floats load(const T *p, long n, T fill = T{}) {
+    if (n >= LANES) return widen(p);
+    T lanes[LANES];
+    for (T &lane : lanes) lane = fill;
+    std::memcpy(lanes, p, static_cast<std::size_t>(n) * sizeof(T));
+    return widen(lanes);
+}
+
+inline void store(float *p, floats v, long n = LANES) { std::memcpy(p, &v, n >= LANES ? 64 : static_cast<std::size_t>(n) * 4); }
+inline void store(bf16 *p, floats v, long n = LANES) {
+    const halves h = narrow_bf16(v);
+    std::memcpy(p, &h, n >= LANES ? 32 : static_cast<std::size_t>(n) * 2);
+}
+inline void store(fp16 *p, floats v, long n = LANES) {
+    const halves h = narrow_fp16(v);
+    std::memcpy(p, &h, n >= LANES ? 32 : static_cast<std::size_t>(n) * 2);
+}
+
+// Values as a tensor of T would hold them.
+template <class T> inline floats round_to(floats v) {
+    T lanes[LANES];
+    store(lanes, v);
+    return widen(lanes);
+}
+
+// One fixed tree: lanes 8 apart, then 4, 2, 1.
+inline float sum(floats v) {
+    float x[LANES];
+    std::memcpy(x, &v, 64);
+    for (int width = 8; width > 0; width /= 2)
+        for (int i = 0; i < width; i++) x[i] += x[i + width];
+    return x[0];
+}
+
+inline floats select(ints mask, floats yes, floats no) {
+    return reinterpret_cast<floats>((mask & reinterpret_cast<ints>(yes)) | (~mask & reinterpret_cast<ints>(no)));
+}
+inline floats vmax(floats a, floats b) { return select(a > b, a, b); }
+inline floats vmin(floats a, floats b) { return select(a < b, a, b); }
+
+// e^x within 2 ulp: x = n ln 2 + r with ln 2 in two parts (Cody and Waite), e^r by its series to the 7th power on |r| <= ln 2 / 2,
+// then n added to the exponent. Below -87.3 the result is 0 (no subnormals), above 88.7 infinity; NaN stays NaN.
+inline floats exp(floats x) {
+    const floats clamped = vmin(vmax(x, splat(-87.33654f)), splat(88.72283f));
+    const floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const floats shifted = fma(clamped, splat(1.44269504f), magic);
+    const floats n = shifted - magic;
+    floats r = fma(n, splat(-0.693359375f), clamped);
+    r = fma(n, splat(2.12194440e-4f), r);
+    floats p = splat(1.9841270e-4f);
+    p = fma(p, r, splat(1.3888889e-3f));
+    p = fma(p, r, splat(8.3333333e-3f));
+    p = fma(p, r, splat(4.1666667e-2f));
+    p = fma(p, r, splat(1.6666667e-1f));
+    p = fma(p, r, splat(0.5f));
+    p = fma(p, r, splat(1.0f));
+    p = fma(p, r, splat(1.0f));
+    // n may be 128 at the upper end: scaled in two steps.
+    const ints exponent = __builtin_convertvector(n, ints);
+    const ints half = exponent >> 1;
+    const floats first = reinterpret_cast<floats>((half + 127) << 23), second = reinterpret_cast<floats>((exponent - half + 127) << 23);
+    floats result = p * first * second;
+    result = select(x < splat(-87.33654f), splat(0.0f), result);
+    result = select(x > splat(88.72283f), splat(__builtin_inff()), result);
+    return select(x == x, result, x);
+}
+
+inline floats sigmoid(floats x) { return splat(1.0f) / (splat(1.0f) + exp(-x)); }
+
+}  // namespace understudy
