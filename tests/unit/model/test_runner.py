@@ -1,0 +1,110 @@
+"""A runner refuses rows that would touch memory that is not theirs, and gives back what it holds."""
+
+from __future__ import annotations
+
+from array import array
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_checkpoint import tensors, write
+
+from understudy.errors import ConfigError
+from workers.engine.contract import EngineConfig
+from workers.engine.plan import Chunk, StepPlan
+from workers.engine.runner import Runner, cache_size
+from workers.kernels.plain import PlainOps
+from workers.model.spec import read_spec
+from workers.model.weights import Checkpoint, Part
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Runner:
+    return Runner.from_checkpoint(EngineConfig(model_dir=str(write(tmp_path)), kernels="plain", cache_bytes=8 * 2048))
+
+
+def chunk(**changes: Any) -> Chunk:
+    return Chunk(**({"id": "a", "start": 0, "tokens": [1, 2], "tables": (array("i", [3]),), "sample": True} | changes))
+
+
+def test_only_sampled_chunks_have_logits_in_order(runner: Runner) -> None:
+    mates = [chunk(id=str(i), tables=(array("i", [i]),), tokens=[i + 1], sample=i != 1) for i in range(3)]
+    logits = runner.run(StepPlan(0, mates))
+    assert logits.shape == (2, 32)
+    assert logits.dtype == torch.float32
+    for row, mate in zip(logits, (mates[0], mates[2]), strict=True):
+        assert torch.equal(row, runner.run(StepPlan(1, [mate]))[0])
+
+
+def test_nothing_sampled_and_nothing_at_all(runner: Runner) -> None:
+    assert runner.run(StepPlan(0, [chunk(sample=False)])).shape == (0, 32)
+    assert runner.run(StepPlan(1)).shape == (0, 32)
+
+
+def test_rows_not_sampled_still_reach_the_cache(runner: Runner) -> None:
+    whole = runner.run(StepPlan(0, [chunk(tokens=[5, 6, 7])]))
+    runner.run(StepPlan(1, [chunk(tokens=[5, 6], sample=False, tables=(array("i", [1]),))]))
+    assert torch.equal(runner.run(StepPlan(2, [chunk(start=2, tokens=[7], tables=(array("i", [1]),))])), whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tokens": []}, r"\[0, 0\) are none, or outside the context of 64"),
+        ({"start": 10**12}, "outside the context of 64"),
+        ({"start": 63}, r"positions \[63, 65\)"),
+        ({"start": -1}, r"positions \[-1, 1\)"),
+        ({"tokens": [1, 32]}, "vocabulary of 32"),
+        ({"tokens": [-1]}, "vocabulary of 32"),
+        ({"tables": (array("i", [8]),)}, "entry 0 of its table in cache group 0 is 8, of 8 blocks"),
+        ({"tables": (array("i", [-1]),)}, "is -1, of 8 blocks"),
+        ({"tables": (array("i"),)}, "is -1, of 8 blocks"),
+        ({"start": 15, "tables": (array("i", [2]),)}, "entry 1 of its table"),
+    ],
+)
+def test_rows_outside_are_refused(runner: Runner, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        runner.run(StepPlan(0, [chunk(id="mate", tables=(array("i", [0]),)), chunk(**changes)]))
+
+
+def test_tables_can_grow_after_a_step(runner: Runner) -> None:
+    """A buffer exported by `array` would make its next append fail."""
+    table = array("i", [0])
+    runner.run(StepPlan(0, [chunk(tables=(table,))]))
+    table.append(1)
+
+
+def test_a_closed_runner_says_so(runner: Runner) -> None:
+    runner.close()
+    runner.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        runner.run(StepPlan(0, [chunk()]))
+    assert not runner.caches
+
+
+def test_info_and_cache(runner: Runner) -> None:
+    info = runner.info
+    assert (info.blocks, info.windows, info.max_context, info.vocab_size) == ((8,), (None,), 64, 32)
+    assert info.cache_bytes == sum(cache.bytes for cache in runner.caches) == 8 * runner.block_bytes
+    assert info.numerics_id == runner.ops.numerics_id
+
+
+def test_a_part_of_a_tensor(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(write(tmp_path))
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(checkpoint.get(name, (16, 24), Part(1, 6, 12)), tensors()[name][:, 6:12])
+    assert torch.equal(checkpoint.get(name, (16, 24), Part(0, 4, 16)), tensors()[name][4:])
+
+
+@pytest.mark.parametrize(("memory", "context", "blocks"), [(1 << 30, 64, 4 * 64), (4 * 2048 * 3, 48, 3)])
+def test_the_default_cache(tmp_path: Path, memory: int, context: int, blocks: int) -> None:
+    """64 full contexts of 4 blocks of 2 KiB, or a quarter of a memory too small for one."""
+    config = EngineConfig(model_dir=str(write(tmp_path)), kernels="plain")
+    assert cache_size(read_spec(tmp_path), PlainOps(torch.float32), config, memory) == (context, blocks)
+
+
+def test_a_machine_without_memory_is_told_what_is_missing(tmp_path: Path) -> None:
+    config = EngineConfig(model_dir=str(write(tmp_path)), kernels="plain", max_context=64)
+    with pytest.raises(ConfigError, match="give at least 8192 bytes"):
+        cache_size(read_spec(tmp_path), PlainOps(torch.float32), config, 4 * 2048 * 3)

@@ -1,0 +1,234 @@
+"""Runs step plans on one device: the decoder, its cache, and the numbers that an engine is sized by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from understudy.errors import ConfigError
+from workers.engine.contract import EngineConfig
+from workers.engine.plan import Chunk, StepPlan
+from workers.kernels.choose import make_ops
+from workers.kernels.ops import BLOCK, Batch, KvCache, Ops
+from workers.model.decoder import Decoder, load_decoder
+from workers.model.load import Loader
+from workers.model.spec import ModelSpec, read_spec
+from workers.model.weights import Checkpoint
+
+DEFAULT_MAX_RUNNING = 64  # sequences that the default cache has room for, each with a full context
+CACHE_SHARE = {"cpu": 0.25, "cuda": 0.8}  # at most, of the memory left beside the weights, without `cache_bytes`
+
+LoadProgress = Callable[[int, int], None]  # (bytes read, bytes in all)
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerInfo:
+    """What `EngineInfo` needs to know of a runner. `blocks` of each cache group; `cache_bytes` of all together."""
+
+    model_fingerprint: str
+    numerics_id: str
+    architecture: str
+    dtype: str
+    max_context: int
+    vocab_size: int
+    blocks: tuple[int, ...]
+    windows: tuple[int | None, ...]
+    cache_bytes: int
+
+
+class Runner:
+    """One device's decoder with its cache. Used from one thread."""
+
+    def __init__(self, decoder: Decoder, blocks: int, fingerprint: str, max_context: int) -> None:
+        """`blocks` is the number of blocks of every cache group; tables hold ids in [0, blocks)."""
+        spec, ops = decoder.spec, decoder.ops
+        self.blocks = blocks
+        self._decoder: Decoder | None = decoder
+        self._device = decoder.embedding.device
+        a = spec.attention
+        self._caches: list[KvCache] = [ops.cache(len(g.layers), blocks, a.kv_heads, a.head_dim) for g in spec.groups]
+        self.block_bytes = block_bytes(spec, ops)
+        self.info = RunnerInfo(
+            model_fingerprint=fingerprint,
+            numerics_id=ops.numerics_id,
+            architecture=spec.architecture,
+            dtype=str(ops.dtype).removeprefix("torch."),
+            max_context=max_context,
+            vocab_size=spec.vocab_size,
+            blocks=(blocks,) * len(spec.groups),
+            windows=tuple(g.window for g in spec.groups),
+            cache_bytes=sum(cache.bytes for cache in self._caches),
+        )
+
+    @classmethod
+    def from_checkpoint(cls, config: EngineConfig, progress: LoadProgress | None = None) -> Runner:
+        """Loads `config.model_dir`.
+
+        Raises CheckpointError (names the file) or ConfigError (names the key). Where sizes are not given, the
+        context is the model's, cut to what the cache holds, and the cache is what DEFAULT_MAX_RUNNING full contexts
+        need, at most CACHE_SHARE of the memory that the weights leave.
+        """
+        model_dir = Path(config.model_dir)
+        spec = read_spec(model_dir)
+        checkpoint = Checkpoint(model_dir)
+        ops = make_ops(
+            spec.dtype if config.dtype == "auto" else config.dtype, config.device, config.kernels, config.threads
+        )
+        device = torch.device(config.device)
+        total = sum(checkpoint.nbytes(name) for name in checkpoint.entries)
+        max_context, blocks = cache_size(spec, ops, config, max(0, available_memory(device) - total))
+        done = 0
+
+        def read(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            if progress is not None:
+                progress(done, total)
+
+        decoder = load_decoder(spec, Loader(checkpoint, ops, device, read), ops, max_context, device)
+        if progress is not None:
+            progress(total, total)
+        checkpoint.log_unused()
+        return cls(decoder, blocks, checkpoint.fingerprint(spec), max_context)
+
+    @property
+    def ops(self) -> Ops:
+        return self._open().ops
+
+    @property
+    def caches(self) -> Sequence[KvCache]:
+        """One per cache group."""
+        return self._caches
+
+    def run(self, plan: StepPlan) -> Tensor:
+        """Computes every row of the plan, in order, and writes its keys and values.
+
+        Returns the logits of the last row of each chunk with `sample`, in the chunks' order: float32 [S, V], rounded
+        to the model's dtype before. Raises ValueError for a row outside the context, the vocabulary or its table:
+        the kernels would read or write memory that is not theirs.
+        """
+        decoder = self._open()
+        chunks = plan.chunks
+        if not chunks:
+            return torch.zeros(0, decoder.spec.vocab_size)
+        lengths = np.fromiter((len(c.tokens) for c in chunks), np.int64, len(chunks))
+        starts = np.fromiter((c.start for c in chunks), np.int64, len(chunks))
+        row_start = np.zeros(len(chunks) + 1, np.int64)
+        np.cumsum(lengths, out=row_start[1:])
+        rows = int(row_start[-1])
+        ids = np.fromiter((token for c in chunks for token in c.tokens), np.int64, rows)
+        positions = np.arange(rows) + np.repeat(starts - row_start[:-1], lengths)
+        self._check_rows(chunks, ids, starts, lengths)
+        needed = -(-(starts + lengths) // BLOCK)  # blocks that each table has to have
+        tables = [self._table(chunks, group, needed) for group in range(len(self._caches))]
+        self._check_tables(chunks, starts, needed, tables)
+        wanted = np.fromiter((c.sample for c in chunks), np.bool_, len(chunks))
+        batch = Batch(
+            positions=self._tensor(positions),
+            row_start=self._tensor(row_start.astype(np.int32)),
+            tables=[self._tensor(table) for table in tables],
+            row_seq=self._tensor(np.repeat(np.arange(len(chunks), dtype=np.int32), lengths)),
+        )
+        sampled = self._tensor(row_start[1:][wanted] - 1)
+        return decoder.forward(self._tensor(ids), batch, self._caches, sampled).float()
+
+    def close(self) -> None:
+        """Lets go of weights and cache. Idempotent."""
+        self._decoder = None
+        self._caches = []
+
+    def _open(self) -> Decoder:
+        if self._decoder is None:
+            raise RuntimeError("the runner is closed")
+        return self._decoder
+
+    def _tensor(self, values: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(values).to(self._device)
+
+    def _table(self, chunks: Sequence[Chunk], group: int, needed: NDArray[np.int64]) -> NDArray[np.int32]:
+        """int32 [S, W], filled up with -1."""
+        table = np.full((len(chunks), int(needed.max())), -1, np.int32)
+        for row, chunk, count in zip(table, chunks, needed.tolist(), strict=True):
+            blocks = np.frombuffer(chunk.tables[group], np.int32)[:count]
+            row[: len(blocks)] = blocks
+        return table
+
+    def _check_rows(
+        self, chunks: Sequence[Chunk], ids: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> None:
+        wrong = (lengths < 1) | (starts < 0) | (starts + lengths > self.info.max_context)
+        if wrong.any():
+            bad = chunks[int(np.argmax(wrong))]
+            raise ValueError(
+                f"chunk of {bad.id!r}: positions [{bad.start}, {bad.start + len(bad.tokens)}) are none, or outside "
+                f"the context of {self.info.max_context}"
+            )
+        if ids.min() < 0 or ids.max() >= self.info.vocab_size:
+            raise ValueError(f"token ids {ids.min()}..{ids.max()} are outside the vocabulary of {self.info.vocab_size}")
+
+    def _check_tables(
+        self,
+        chunks: Sequence[Chunk],
+        starts: NDArray[np.int64],
+        needed: NDArray[np.int64],
+        tables: Sequence[NDArray[np.int32]],
+    ) -> None:
+        for group, (table, window) in enumerate(zip(tables, self.info.windows, strict=True)):
+            first = np.zeros_like(starts) if window is None else np.maximum(starts - window + 1, 0) // BLOCK
+            entry = np.arange(table.shape[1])
+            read = (entry >= first[:, None]) & (entry < needed[:, None])
+            wrong = read & ((table < 0) | (table >= self.blocks))
+            if wrong.any():
+                row, column = np.argwhere(wrong)[0]
+                raise ValueError(
+                    f"chunk of {chunks[row].id!r}: entry {column} of its table in cache group {group} is "
+                    f"{table[row, column]}, of {self.blocks} blocks"
+                )
+
+
+def block_bytes(spec: ModelSpec, ops: Ops) -> int:
+    """Bytes of one block of every cache group together."""
+    a = spec.attention
+    return sum(ops.cache_block_bytes(len(group.layers), a.kv_heads, a.head_dim) for group in spec.groups)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be had: of the card, or of the machine within this control group's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
+        available = min(available, max(0, int(text) - int(used.read_text())))
+    return int(available)
+
+
+def cache_size(spec: ModelSpec, ops: Ops, config: EngineConfig, memory: int) -> tuple[int, int]:
+    """(max_context, blocks of each cache group) from what is given, the model and the bytes of `memory` left over."""
+    if config.max_context is not None and not 1 <= config.max_context <= spec.max_context:
+        raise ConfigError(f"max_context: {config.max_context} is not within 1 and the model's {spec.max_context}")
+    context = config.max_context or spec.max_context
+    each = block_bytes(spec, ops)
+    per_context = -(-context // BLOCK)
+    if config.cache_bytes is not None:
+        blocks = config.cache_bytes // each
+        given = f"cache_bytes: {config.cache_bytes}"
+    else:
+        share = int(memory * CACHE_SHARE[torch.device(config.device).type])
+        blocks = min(share // each, per_context * (config.max_running or DEFAULT_MAX_RUNNING))
+        given = f"cache_bytes is not given, and the cache's share of the memory that is left, {share} bytes,"
+    if blocks >= per_context:
+        return context, blocks
+    if config.max_context is not None or blocks < 1:
+        raise ConfigError(
+            f"{given} holds {max(0, blocks) * BLOCK} positions of {each // BLOCK} bytes, fewer than the context of "
+            f"{context}; give at least {per_context * each} bytes or a smaller max_context"
+        )
+    return blocks * BLOCK, blocks
