@@ -1,4 +1,4 @@
-"""The engine: requests of token ids in, one message per step out. Importing this brings neither torch nor Ray nor gRPC."""
+"""The engine: token ids in, one message per step out. Importing this brings neither torch nor Ray nor gRPC."""
 
 from workers.engine.contract import (
     Engine,

@@ -20,6 +20,7 @@ from workers.engine.contract import (
     SequenceOutput,
     TokenLogprob,
 )
+from workers.engine.sequence import finish_of
 
 BLOCK_TOKENS = 16
 _MASK = (1 << 64) - 1
@@ -163,7 +164,7 @@ class FakeEngine:
     # One step.
 
     def _admit(self) -> None:
-        for id in sorted(self._waiting, key=lambda i: -self._waiting[i].priority):
+        for id in sorted(self._waiting, key=lambda id: -self._waiting[id].priority):
             if len(self._running) >= self._info.max_running:
                 return
             self._running[id] = self._start(self._waiting.pop(id))
@@ -252,13 +253,3 @@ class FakeEngine:
         count = min(count, self._info.vocab_size)
         top = [((token + i) % self._info.vocab_size, -0.25 - i) for i in range(count)]
         return TokenLogprob(-0.25, 1, top)
-
-
-def finish_of(request: Request, made: int, last: Sequence[int]) -> FinishReason | None:
-    """Why a sequence with `made` answer tokens, the last of them in `last`, is over; None when it goes on."""
-    if made > request.min_tokens and last:
-        if last[0] in request.eos_ids:
-            return FinishReason.EOS
-        if last[0] in request.stop_ids:
-            return FinishReason.STOP_TOKEN
-    return FinishReason.LENGTH if made >= request.max_tokens else None

@@ -163,7 +163,8 @@ class EngineLoop:
     def stop(self, timeout_s: float | None = None) -> bool:
         """Cancels what is left (sinks get CANCELLED), ends the thread and closes the engine. Idempotent.
 
-        False when the step under way did not end within `timeout_s` seconds; the thread is then left behind.
+        False when the step under way did not end within `timeout_s` seconds; the thread is then left behind. `error`
+        is set where the engine then still held something.
         """
         with self._lock:
             self._draining = self._stopping = True
@@ -251,7 +252,7 @@ class EngineLoop:
     def _deliver(self, outputs: list[SequenceOutput]) -> None:
         shares: dict[Session, list[SequenceOutput]] = {}
         with self._lock:
-            self._stats = self._engine.stats()
+            self._stats = msgspec.structs.replace(self._engine.stats())
             for output in outputs:
                 owner = self._owners[output.id]
                 if output.finish is not None:
@@ -273,7 +274,7 @@ class EngineLoop:
             session.close()
 
     def _finish_all(self) -> None:
-        """Ends what is left with CANCELLED: one more step frees its blocks and reports it."""
+        """Ends what is left with CANCELLED: one more step frees its blocks and reports it. Nothing may be held then."""
         self._apply()
         for inner in list(self._owners):
             self._engine.cancel(inner)
@@ -281,6 +282,7 @@ class EngineLoop:
             outputs = self._engine.step()
             self._step += 1
             self._deliver(outputs)
+        self._engine.check_idle()
 
     def _fail(self, error: BaseException) -> None:
         log.error("the engine failed: %s", error, exc_info=error)

@@ -1,0 +1,55 @@
+"""The canonical name of a KV block: what it was computed from, and how.
+
+key(block) = SHA-256(key(parent) || token ids of the block, 4 bytes each, little-endian); the parent of a prompt's
+first block is the root, SHA-256 over everything else that decides a block's bytes. Never Python's `hash`: keys are
+equal in every process, so that a router, a replica and a store mean the same block by the same name.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Sequence
+from hashlib import sha256
+
+LAYOUT_VERSION = 1  # of a stored block's bytes; a change makes every older block a miss
+KEY_BYTES = 32
+
+
+def root_key(
+    model_fingerprint: str, dtype: str, numerics_id: str, salt: str = "", layout: int = LAYOUT_VERSION
+) -> bytes:
+    """The parent of first blocks. `salt` is the tenant's: without it nobody can find, or time, another's prefixes."""
+    digest = sha256(b"understudy kv block\0")
+    for part in (model_fingerprint, dtype, str(layout), salt, numerics_id):
+        data = part.encode()
+        digest.update(len(data).to_bytes(8, "little"))  # so that no two lists of parts run together alike
+        digest.update(data)
+    return digest.digest()
+
+
+def child_key(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """The key of the block of `tokens` after the block `parent`."""
+    return sha256(parent + _little_endian(tokens)).digest()
+
+
+def block_keys(root: bytes, tokens: Sequence[int], block_tokens: int) -> list[bytes]:
+    """Keys of all full blocks of `tokens`, first block first; a tail shorter than a block has none."""
+    keys: list[bytes] = []
+    extend_keys(keys, root, tokens, block_tokens)
+    return keys
+
+
+def extend_keys(keys: list[bytes], root: bytes, tokens: Sequence[int], block_tokens: int) -> None:
+    """Appends the keys of the full blocks of `tokens` that `keys` lacks."""
+    parent = keys[-1] if keys else root
+    for start in range(len(keys) * block_tokens, len(tokens) - block_tokens + 1, block_tokens):
+        parent = child_key(parent, tokens[start : start + block_tokens])
+        keys.append(parent)
+
+
+def _little_endian(tokens: Sequence[int]) -> bytes:
+    words = array("I", tokens)
+    if sys.byteorder == "big":
+        words.byteswap()
+    return words.tobytes()

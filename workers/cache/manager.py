@@ -1,0 +1,223 @@
+"""Block tables of sequences over one pool per cache group, and the prefix tree over the pools.
+
+Positions of one sequence, in a windowed group, while it runs (half-open ranges; P positions a block):
+
+    0          behind             computed      allocated
+    |----------|------------------|-------------|
+      -1: given   full, published   being         a table entry b covers [b P, (b + 1) P)
+      back        in the tree       written
+
+Nothing half-computed is published: only `register` puts blocks into the tree, and it is told how many positions are
+computed. Ask (`can_allocate`), then commit (`allocate`).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from workers.cache.blocks import BlockPool
+from workers.cache.keys import extend_keys
+from workers.cache.prefix_tree import ABSENT, PrefixTree
+
+
+@dataclass(slots=True)
+class BlockTable:
+    """What one sequence holds. `groups[g][b]` is a block id, or -1 where the window has passed."""
+
+    groups: tuple[array[int], ...]
+    keys: list[bytes] = field(default_factory=list)
+    registered: int = 0  # leading full blocks that `register` has dealt with
+    behind: list[int] = field(default_factory=list)  # per group: leading entries that are -1
+
+
+class CacheManager:
+    """Owns every block of every cache group.
+
+    `blocks[g]` is the number of blocks of group g and `windows[g]` the positions that its layers see (None: all).
+    """
+
+    def __init__(
+        self, blocks: Sequence[int], windows: Sequence[int | None], block_tokens: int, prefix_cache: bool = True
+    ) -> None:
+        if len(blocks) != len(windows) or not blocks:
+            raise ValueError(f"{len(blocks)} block counts for {len(windows)} cache groups; there must be one for each")
+        self.block_tokens = block_tokens
+        self.windows = tuple(windows)
+        self.prefix_cache = prefix_cache
+        self._pools = [BlockPool(count) for count in blocks]
+        self._tree = PrefixTree(len(blocks))
+        # A row sees `window` positions, itself among them: those before it reach into at most this many blocks.
+        self._needed = [None if w is None else -(-(w - 1) // block_tokens) for w in windows]
+        self._tables = 0
+
+    # Counting.
+
+    @property
+    def blocks_in_use(self) -> int:
+        return sum(pool.held for pool in self._pools)
+
+    @property
+    def blocks_kept(self) -> int:
+        return sum(pool.kept for pool in self._pools)
+
+    def available(self, group: int) -> int:
+        return self._pools[group].available
+
+    def fits(self, positions: int, chunk: int) -> bool:
+        """Whether a sequence of `positions`, computed at most `chunk` at a time, fits into the empty cache."""
+        return all(self.peak(positions, chunk, g) <= pool.blocks for g, pool in enumerate(self._pools))
+
+    def peak(self, positions: int, chunk: int, group: int) -> int:
+        """Blocks that a sequence holds in a group at most while it grows to `positions`."""
+        blocks = -(-positions // self.block_tokens)
+        window = self.windows[group]
+        if window is None:
+            return blocks
+        return min(blocks, -(-(window - 1 + chunk) // self.block_tokens) + 1)
+
+    # One sequence's life.
+
+    def open(self) -> BlockTable:
+        """An empty table; `free` it when the sequence leaves."""
+        self._tables += 1
+        return BlockTable(self._no_entries(), behind=[0] * len(self._pools))
+
+    def match(self, table: BlockTable, root: bytes, tokens: Sequence[int]) -> int:
+        """Takes over the cached prefix of `tokens` into an empty table; how many positions it spares.
+
+        At most len(tokens) - 1, so that at least one row is left to compute.
+        """
+        if not self.prefix_cache:
+            return 0
+        extend_keys(table.keys, root, tokens, self.block_tokens)
+        keys = table.keys[: (len(tokens) - 1) // self.block_tokens]
+        count = self._tree.match(keys, self._needed)
+        for group, entries in enumerate(table.groups):
+            first = self._first_needed(count * self.block_tokens, group)
+            for i in range(count):
+                block = self._tree.find(keys[i], group) if i >= first else ABSENT
+                if block != ABSENT:
+                    self._pools[group].hold(block)
+                entries.append(block)
+            table.behind[group] = min(first, count)
+        table.registered = count
+        return count * self.block_tokens
+
+    def missing(self, table: BlockTable, positions: int, group: int) -> int:
+        """Blocks that the table lacks in a group to cover [0, positions)."""
+        return max(0, -(-positions // self.block_tokens) - len(table.groups[group]))
+
+    def held(self, table: BlockTable, group: int) -> int:
+        """Blocks that the table holds in a group."""
+        return len(table.groups[group]) - table.behind[group]
+
+    def can_allocate(self, table: BlockTable, positions: int) -> bool:
+        """Whether `allocate` would succeed now."""
+        return all(self.missing(table, positions, g) <= p.available for g, p in enumerate(self._pools))
+
+    def allocate(self, table: BlockTable, positions: int) -> None:
+        """Makes every group's table cover [0, positions). Ask `can_allocate` first."""
+        for group, pool in enumerate(self._pools):
+            for _ in range(self.missing(table, positions, group)):
+                block, evicted = pool.take()
+                if evicted:
+                    self._tree.forget(block, group)
+                table.groups[group].append(block)
+
+    def register(self, table: BlockTable, root: bytes, tokens: Sequence[int], computed: int) -> None:
+        """Publishes the full blocks of [0, computed) of `tokens`.
+
+        Where the tree already has a block of that key, the sequence goes on with that one and its own becomes free:
+        their bits are equal (the row law), and holding it keeps the ancestors of its later blocks in the cache.
+        """
+        if not self.prefix_cache:
+            return
+        full = computed // self.block_tokens
+        if full <= table.registered:
+            return
+        extend_keys(table.keys, root, tokens, self.block_tokens)
+        for i in range(table.registered, full):
+            parent = table.keys[i - 1] if i else root
+            for group, entries in enumerate(table.groups):
+                if entries[i] != ABSENT:
+                    entries[i] = self._publish(table.keys[i], parent, group, entries[i])
+        table.registered = full
+
+    def trim(self, table: BlockTable, computed: int) -> None:
+        """Gives back the blocks that lie wholly behind the window of every row from position `computed` on."""
+        for group, entries in enumerate(table.groups):
+            first = self._first_needed(computed, group)
+            for i in range(table.behind[group], min(first, len(entries))):
+                self._release(entries[i], group)
+                entries[i] = ABSENT
+            table.behind[group] = max(table.behind[group], min(first, len(entries)))
+
+    def free(self, table: BlockTable) -> None:
+        """Releases everything, from the end, so that leaves are evicted before their ancestors. The table is empty
+        afterwards and may be used again."""
+        for group, entries in enumerate(table.groups):
+            for block in reversed(entries):
+                if block != ABSENT:
+                    self._release(block, group)
+            table.behind[group] = 0
+        table.groups = self._no_entries()  # new arrays: a step that failed may still have the old ones in view
+        table.registered = 0
+
+    def close(self, table: BlockTable) -> None:
+        """The end of a table's life: `free`, and counted as gone."""
+        self.free(table)
+        self._tables -= 1
+
+    # Integrity.
+
+    def check(self, tables: Sequence[BlockTable]) -> None:
+        """Raises RuntimeError unless `tables` hold exactly the references that the pools count, each block in one
+        state, and every kept block is known to the tree. For tests: it looks at every block."""
+        for group, pool in enumerate(self._pools):
+            pool.check()
+            counts = array("i", [0]) * pool.blocks
+            for table in tables:
+                for block in table.groups[group]:
+                    if block != ABSENT:
+                        counts[block] += 1
+            for block, count in enumerate(counts):
+                if count != pool.references(block):
+                    raise RuntimeError(
+                        f"block {block} of group {group}: {count} holders, {pool.references(block)} counted"
+                    )
+                if pool.is_kept(block) and not self._tree.knows(block, group):
+                    raise RuntimeError(f"block {block} of group {group} is kept but unknown to the tree")
+            for block in self._tree.blocks(group):
+                if not pool.is_kept(block) and not pool.references(block):
+                    raise RuntimeError(f"block {block} of group {group} is free but known to the tree")
+
+    def check_idle(self) -> None:
+        """Raises RuntimeError when a block is held or a table open though no sequence is there."""
+        if self._tables:
+            raise RuntimeError(f"{self._tables} block tables are open though no sequence is there")
+        self.check([])
+
+    # Inside.
+
+    def _no_entries(self) -> tuple[array[int], ...]:
+        return tuple(array("i") for _ in self._pools)
+
+    def _first_needed(self, computed: int, group: int) -> int:
+        """The first table entry that the row at position `computed` reads."""
+        window = self.windows[group]
+        return 0 if window is None else max(0, computed - window + 1) // self.block_tokens
+
+    def _publish(self, key: bytes, parent: bytes, group: int, block: int) -> int:
+        known = self._tree.find(key, group)
+        if known == ABSENT:
+            self._tree.insert(key, parent, group, block)
+            return block
+        if known != block:
+            self._pools[group].hold(known)
+            self._release(block, group)
+        return known
+
+    def _release(self, block: int, group: int) -> None:
+        self._pools[group].release(block, keep=self._tree.knows(block, group))

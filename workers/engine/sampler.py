@@ -1,0 +1,211 @@
+"""From a row of logits to a token. Row by row: the bits of a choice never depend on what stands beside the row.
+
+What is drawn, exactly, for logits l of V tokens, temperature t, and a number u in [0, 1) keyed by (seed, sequence
+index, position in the answer), see `philox`:
+
+1. Tokens that `min_tokens` still forbids (EOS and stop ids) are left out.
+2. t = 0: the token with the largest l, the lowest id among equals. Nothing else applies.
+3. w_i = exp((l_i - max l) / t), in float64.
+4. min_p: tokens with w_i < min_p are left out (max w is 1).
+5. top_k (0: all): the k largest l stay, lower ids first among equals.
+6. top_p: of the tokens left, likeliest first and lower ids first among equals, the shortest beginning stays whose
+   share of their sum is at least top_p.
+7. The token is the first, in order of ids, at which the running sum of w over the tokens left exceeds u times their
+   whole sum.
+
+Steps 3 to 6 are in the order in which vLLM applies them. Logprobs are of the raw logits: before 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from workers.engine.contract import Sampling, TokenLogprob
+from workers.engine.philox import uniforms
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Ids = NDArray[np.intp]
+
+SAMPLER_VERSION = 1  # of the definition above; with numpy's version, part of the numerics id: exp may differ in a bit
+_SUM_BLOCK = 1024  # partial sums of the inverse distribution function, in elements
+
+
+class HasLogprobs(Protocol):
+    """The one operation of `workers.kernels.ops.Ops` that sampling needs."""
+
+    def logprobs(self, logits: Tensor) -> Tensor: ...
+
+
+@dataclass(slots=True)
+class Row:
+    """How one row is sampled. `position` counts the tokens of the answer before this one; `barred` ids are not
+    drawn; `logprobs` is None for none, else how many of the likeliest come along."""
+
+    sampling: Sampling
+    index: int
+    position: int
+    barred: Sequence[int] = ()
+    logprobs: int | None = None
+
+
+@dataclass(slots=True)
+class Choice:
+    """What a row became: a token, or `error` where its logits are not numbers."""
+
+    token: int
+    logprob: TokenLogprob | None = None
+    error: str = ""
+
+
+class Sampler:
+    """`ops` brings log_softmax in the engine's numerics."""
+
+    def __init__(self, ops: HasLogprobs) -> None:
+        self._ops = ops
+
+    def choose(self, logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
+        """logits: [S, V] of any float type, one row for each of `rows`. A batch that is all greedy costs one argmax."""
+        if not rows:
+            return []
+        choices = [
+            Choice(token) if math.isfinite(value) else Choice(token, error=f"the model's logits have a {value}")
+            for token, value in _likeliest(logits)
+        ]
+        plain = [i for i, choice in enumerate(choices) if not choice.error]
+        if drawn := [i for i in plain if rows[i].sampling.temperature > 0 or rows[i].barred]:
+            self._draw(logits, rows, drawn, choices)
+        if told := [i for i in plain if rows[i].logprobs is not None]:
+            self._tell(logits, rows, told, choices)
+        return choices
+
+    def _draw(self, logits: Tensor, rows: Sequence[Row], which: list[int], choices: list[Choice]) -> None:
+        values = _numpy(logits, which)
+        numbers = uniforms([(rows[i].sampling.seed, rows[i].index, rows[i].position) for i in which])
+        for value, number, i in zip(values, numbers, which, strict=True):
+            choices[i].token = draw(value, rows[i].sampling, rows[i].barred, float(number))
+
+    def _tell(self, logits: Tensor, rows: Sequence[Row], which: list[int], choices: list[Choice]) -> None:
+        values = self._ops.logprobs(logits if len(which) == len(rows) else logits[which]).cpu().numpy()
+        for value, i in zip(values, which, strict=True):
+            choices[i].logprob = token_logprob(value, choices[i].token, rows[i].logprobs or 0)
+
+
+def _likeliest(logits: Tensor) -> Iterable[tuple[int, float]]:
+    """Id and logit of each row's likeliest token: the lowest id among equals. A NaN wins, so that it cannot hide."""
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:  # numpy's is 30 times torch's speed there
+        rows = logits.numpy()
+        best = rows.argmax(axis=1)
+        return zip(best.tolist(), rows[np.arange(len(rows)), best].tolist(), strict=True)
+    ids = torch.argmax(logits, dim=-1)
+    return zip(ids.tolist(), logits.gather(1, ids[:, None])[:, 0].tolist(), strict=True)
+
+
+def _numpy(logits: Tensor, which: list[int]) -> Floats:
+    chosen = logits if len(which) == len(logits) else logits[which]
+    result: Floats = chosen.float().cpu().numpy()
+    return result
+
+
+def draw(logits: Floats, sampling: Sampling, barred: Sequence[int], number: float) -> int:
+    """The token of one row [V] for one number in [0, 1), by the definition at the top of this file."""
+    if len(barred):
+        logits = logits.copy()
+        logits[list(barred)] = -np.inf
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    ids, weights = weigh(logits, sampling)
+    token = inverse(weights, number)
+    return token if ids is None else int(ids[token])
+
+
+def weigh(logits: Floats, sampling: Sampling) -> tuple[Ids | None, Doubles]:
+    """The tokens that stay, in order of ids (None: all of them), and their weights, not normalized."""
+    highest = float(logits.max())
+    ids: Ids | None = None
+    if 0 < sampling.top_k < len(logits):  # never loses a token that min_p would keep among the k largest
+        ids = np.sort(largest(logits, sampling.top_k))
+        logits = logits[ids]
+    elif sampling.min_p > 0:  # most are far too unlikely to compute a weight for; the rest is looked at closely below
+        least = highest + sampling.temperature * math.log(sampling.min_p)
+        ids = np.flatnonzero(logits >= least - 1e-4 * (1 + abs(least)))
+        logits = logits[ids]
+    weights: Doubles = np.subtract(logits, highest, dtype=np.float64)
+    with np.errstate(over="ignore"):  # a temperature next to 0: everything but the likeliest becomes 0
+        weights /= sampling.temperature
+    np.exp(weights, out=weights)
+    if sampling.min_p > 0:
+        ids, weights = _keep(ids, weights, np.flatnonzero(weights >= sampling.min_p))
+    if sampling.top_p < 1:
+        ids, weights = _keep(ids, weights, np.sort(_nucleus(weights, sampling.top_p)))
+    return ids, weights
+
+
+def _keep(ids: Ids | None, weights: Doubles, which: Ids) -> tuple[Ids, Doubles]:
+    return (which if ids is None else ids[which]), weights[which]
+
+
+def _nucleus(weights: Doubles, top_p: float) -> Ids:
+    """The shortest beginning of the tokens, likeliest first, with at least `top_p` of the whole weight.
+
+    Looks only at tokens that can be in it: all those below (1 - top_p) / V of the whole weigh less than 1 - top_p
+    together (half of that, so that rounding does not matter). Sorts a few, and eight times as many while they do not
+    reach the share; the answer is the same.
+    """
+    whole = float(weights.sum())
+    places = np.flatnonzero(weights >= 0.5 * (1 - top_p) * whole / len(weights))
+    weights, count = weights[places], 256
+    while True:
+        order = largest(weights, min(count, len(weights)))
+        reached = np.cumsum(weights[order])
+        if reached[-1] >= top_p * whole or count >= len(weights):
+            return places[order[: int(np.searchsorted(reached, top_p * whole)) + 1]]
+        count *= 8
+
+
+def inverse(weights: Doubles, number: float) -> int:
+    """The first place at which the running sum exceeds `number` of the whole; sums go block by block, in order."""
+    whole = len(weights) // _SUM_BLOCK * _SUM_BLOCK
+    sums = weights[:whole].reshape(-1, _SUM_BLOCK).sum(axis=1)
+    running = np.cumsum(np.append(sums, weights[whole:].sum()))
+    goal = number * float(running[-1])
+    block = int(np.searchsorted(running, goal, side="right"))
+    if block < len(running):
+        start = block * _SUM_BLOCK
+        inside = np.cumsum(weights[start : start + _SUM_BLOCK])
+        place = int(np.searchsorted(inside, goal - (float(running[block - 1]) if block else 0.0), side="right"))
+        if place < len(inside):
+            return start + place
+    else:
+        start = 0
+    # The product, or the block's two sums, rounded to the far end: the last token there that has any weight.
+    end = start + _SUM_BLOCK if block < len(running) else len(weights)
+    return start + int(np.flatnonzero(weights[start:end])[-1])
+
+
+def largest(values: NDArray[Any], count: int) -> Ids:
+    """Places of the `count` largest values, largest first, lower places first among equals."""
+    if count == 1:
+        return np.array([values.argmax()])
+    if count < len(values):
+        least = np.partition(values, len(values) - count)[len(values) - count]
+        places = np.flatnonzero(values >= least)
+    else:
+        places = np.arange(len(values))
+    return places[np.argsort(-values[places], kind="stable")[:count]]
+
+
+def token_logprob(logprobs: Floats, token: int, count: int) -> TokenLogprob:
+    """Logprob and rank of a token in a row [V], and the `count` likeliest; ranks break ties by id."""
+    value = logprobs[token]
+    rank = 1 + int(np.count_nonzero(logprobs > value)) + int(np.count_nonzero(logprobs[:token] == value))
+    top = largest(logprobs, min(count, len(logprobs))) if count else ()
+    return TokenLogprob(float(value), rank, [(int(i), float(logprobs[i])) for i in top])

@@ -1,0 +1,64 @@
+"""One sequence: its tokens, how many of them are computed, and the blocks that hold them. Integers only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
+
+from workers.cache.manager import BlockTable
+from workers.engine.contract import FinishReason, Request
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`tokens` is the prompt and the answer so far; the keys and values of tokens[:computed] are in the cache.
+
+    Half-open ranges over `tokens`:
+
+        0                  computed          prompt_tokens        len(tokens)
+        |---- in the cache ----|--- to compute ---------------------|
+
+    A sequence decodes when one token is left to compute. `rank` orders sequences: larger priority first, then whoever
+    came first; smaller is better.
+    """
+
+    request: Request
+    rank: tuple[int, int]
+    root: bytes  # parent key of its first block
+    table: BlockTable
+    tokens: list[int]
+    computed: int = 0
+    cached: int | None = None  # prompt tokens that the prefix tree spared; None until first admitted
+    running: bool = False  # admitted and not preempted
+    reported: bool = False  # an output of this sequence has been given
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def made(self) -> int:
+        """Tokens of the answer, those that the caller already had among them."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def left(self) -> int:
+        """Rows to compute before the next token is known."""
+        return len(self.tokens) - self.computed
+
+
+def finish_of(request: Request, made: int, last: Tokens[int]) -> FinishReason | None:
+    """Why a sequence with `made` answer tokens, the last of them in `last`, is over; None when it goes on.
+
+    EOS and stop tokens count once more than `min_tokens` tokens are there: until then they are not drawn.
+    """
+    if last and made > request.min_tokens:
+        if last[0] in request.eos_ids:
+            return FinishReason.EOS
+        if last[0] in request.stop_ids:
+            return FinishReason.STOP_TOKEN
+    return FinishReason.LENGTH if made >= request.max_tokens else None
