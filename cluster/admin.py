@@ -1,0 +1,81 @@
+"""What `understudy status` shows: the router's view of the replicas, and the roster's of the processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from cluster.directory import Directory
+from cluster.roster import Claim, Member
+from router.admin import replica_message
+from router.state import ReplicaView, State
+from understudy import __version__
+from understudy.v1 import admin_pb2 as pb
+
+_STARTING = ("starting", "loading", "warming", "ready")
+
+
+class ClusterStatus:
+    """Keeps `router.admin.StatusSource`. `wanted` are replicas by model; `started` is a moment of `clock`."""
+
+    def __init__(
+        self, directory: Directory, wanted: Mapping[str, int], started: float, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._directory = directory
+        self._wanted = dict(wanted)
+        self._started = started
+        self._clock = clock
+
+    async def status(self) -> pb.GetStatusResponse:
+        """A snapshot. Raises ConnectionError when the router cannot be reached."""
+        views = await self._directory.replicas()
+        members = await self._directory.members()
+        response = describe(views, members, self._wanted)
+        response.uptime_s = max(0.0, self._clock() - self._started)
+        response.processes.add(role="router", pid=await self._directory.pid(), node=_router_node(members))
+        return response
+
+
+def describe(
+    views: Sequence[ReplicaView], members: Sequence[Member], wanted: Mapping[str, int]
+) -> pb.GetStatusResponse:
+    """Models, replicas and processes, from what router and roster know."""
+    response = pb.GetStatusResponse(version=__version__)
+    for name, count in wanted.items():
+        ready = [v for v in views if v.info.model == name and v.state is State.READY]
+        known = next((v.info for v in views if v.info.model == name), None)
+        response.models.add(
+            name=name,
+            model_fingerprint=known.model_fingerprint if known else "",
+            numerics_id=known.numerics_id if known else "",
+            replicas_ready=len(ready),
+            replicas_wanted=count,
+        )
+    response.replicas.extend(replica_message(v) for v in views)
+    shown = {(v.replica, v.epoch) for v in views}
+    for member in members:
+        claim = member.claim
+        if claim is not None and (claim.replica, claim.epoch) not in shown:
+            response.replicas.append(_unregistered(member, claim))
+        for p in member.processes:
+            response.processes.add(role=p.role, pid=p.pid, node=p.node, replica=p.replica, rank=p.rank)
+    return response
+
+
+def _unregistered(member: Member, claim: Claim) -> pb.Replica:
+    """A replica that the router does not know, or no more."""
+    state = pb.REPLICA_STATE_STARTING if member.stage in _STARTING else pb.REPLICA_STATE_LOST
+    return pb.Replica(
+        id=claim.replica,
+        model=member.model,
+        epoch=claim.epoch,
+        state=state,
+        node=member.processes[0].node if member.processes else "",
+        cause=member.error or member.stage,
+    )
+
+
+def _router_node(members: Sequence[Member]) -> str:
+    """The router has no better way to say it: on one node it is everybody's."""
+    nodes = {p.node for m in members for p in m.processes}
+    return nodes.pop() if len(nodes) == 1 else ""

@@ -1,0 +1,50 @@
+"""The composition root: from a plan to a running Serve application, and back."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from cluster import gateway, replica
+from cluster.directory import Directory, create
+from cluster.plan import Plan, serve_logging
+from router.actor import remove
+
+APPLICATION = "understudy"
+log = logging.getLogger(__name__)
+
+
+def build(plan: Plan) -> Any:
+    """The Serve application: gateways, and the replicas of every model."""
+    return gateway.deployment(plan.gateway, [replica.deployment(p) for p in plan.replicas])
+
+
+def start_serve(plan: Plan) -> Directory:
+    """Starts Serve without its proxies, and the router actor."""
+    from ray import serve
+
+    serve.start(proxy_location="Disabled", logging_config=serve_logging(plan.gateway.logs))
+    return create(plan.gateway.namespace, plan.gateway.config.heartbeat_timeout)
+
+
+def deploy(plan: Plan) -> None:
+    """Returns when every replica has started or failed for good. Raises RuntimeError when Serve gives up."""
+    from ray import serve
+
+    serve.run(build(plan), name=APPLICATION, route_prefix=None)
+
+
+def take_down(plan: Plan) -> None:
+    """Drains gateways and replicas, then removes the router, and Serve where nobody else uses it. Quick where there is
+    nothing."""
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException as ServeException
+
+    try:
+        serve.delete(APPLICATION)
+        if plan.gateway.config.ray_address is not None and not serve.status().applications:
+            serve.shutdown()  # type: ignore[no-untyped-call]
+    except (ServeException, RayError) as error:  # it is gone already, or not yet there
+        log.warning("Serve could not delete the application: %s", error)
+    remove(plan.gateway.namespace)

@@ -1,0 +1,321 @@
+"""One configuration from three places: flags win over `UNDERSTUDY_*` in the environment, that over a YAML file.
+
+`load` is the only way in. It knows every key, says for each value where it came from, and answers anything unknown,
+out of bounds or contradictory with a ConfigError that names the key, the value and the way out.
+
+In the file, `models:` gives each model its own section; a key that a section lacks comes from the top level. A flag or
+a variable of the environment wins over every section.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from understudy.errors import ConfigError
+
+ENV_PREFIX = "UNDERSTUDY_"
+# What Kubernetes writes into every pod for a Service named "understudy", and what others read.
+_FOREIGN_ENV = re.compile(
+    r"^UNDERSTUDY_(SERVICE_.*|PORT_\d+.*|ORACLES|ADDRESS|ADMIN|TOKEN|INSTANCE|KERNELS?(_.*)?|CACHE(_.*)?)$"
+)
+_UNITS = {"": 1, "b": 1, "k": 1000, "kb": 1000, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12}
+_UNITS |= {"tb": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+
+
+def parse_size(value: object) -> object:
+    """Bytes of `4GiB`, `512 MB` or `1048576`; anything that is not text is passed on as it is.
+
+    Raises ValueError naming the way to write it.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    unit = _UNITS.get(match.group(2).lower()) if match else None
+    if match is None or unit is None:
+        raise ValueError("is not a size; write bytes or a unit, such as 4GiB, 512MiB or 1048576")
+    return int(float(match.group(1)) * unit) if "." in match.group(1) else int(match.group(1)) * unit
+
+
+def _fixed_replicas(value: object) -> object:
+    if isinstance(value, str) and ":" in value:
+        raise ValueError("autoscaling between MIN and MAX is not there yet; give one number")
+    return value
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", value):
+        raise ValueError("is not a device; write cpu, cuda or cuda:N")
+    return value
+
+
+Size = Annotated[int, Field(ge=1 << 20), BeforeValidator(parse_size)]
+Replicas = Annotated[int, Field(ge=1, le=1000), BeforeValidator(_fixed_replicas)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class _Sizes(BaseModel):
+    """Keys that a model may have of its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    dtype: Dtype = "auto"
+    device: Annotated[str, AfterValidator(_device)] = "cpu"
+    max_context: Annotated[int, Field(ge=1)] | None = None
+    cache_bytes: Size | None = None
+    chunk_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_running: Annotated[int, Field(ge=1)] | None = None
+    threads: Annotated[int, Field(ge=1)] | None = None
+    replicas: Replicas = 1
+
+
+class ModelConfig(_Sizes):
+    """One model to serve: a checkpoint's directory, the name that clients use, and its sizes."""
+
+    name: str
+    path: Path
+
+
+class _Section(_Sizes):
+    """A model's section in the file."""
+
+    path: Path
+
+
+class ServiceConfig(BaseModel):
+    """Everything that `understudy serve` can be told, valid and free of contradictions.
+
+    `models` is what is served, resolved; `notes` are warnings for the console. Sizes are bytes, times seconds.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    models: tuple[ModelConfig, ...]
+    host: str = "127.0.0.1"
+    port: Port = 50051
+    gateways: Annotated[int, Field(ge=1, le=256)] = 1
+    admin_port: Port = 50052
+    metrics_port: Port = 9464
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    tokens: Path | None = None
+    drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
+    heartbeat_timeout: Annotated[float, Field(ge=0.5, le=600)] = 2.0
+    ray_address: str | None = None
+    verbose: bool = False
+    # Not for users: which engine answers. "fake" makes tokens without computing, to measure everything around it.
+    engine: Literal["real", "fake"] = "real"
+    notes: tuple[str, ...] = ()
+
+
+_SIZE_KEYS = tuple(_Sizes.model_fields)
+_TOP_KEYS = tuple(k for k in ServiceConfig.model_fields if k not in ("models", "notes"))
+_KEYS = (*_TOP_KEYS, *_SIZE_KEYS, "model")
+
+
+def load(
+    flags: Mapping[str, object] | None = None,
+    environ: Mapping[str, str] | None = None,
+    file: Path | None = None,
+) -> ServiceConfig:
+    """Puts the layers together. `flags` holds those that were given, by key; `model` is a list of `[NAME=]DIR`.
+
+    Raises ConfigError.
+    """
+    notes: list[str] = []
+    given = {k: v for k, v in (flags or {}).items() if v is not None and v != []}
+    for key, value in given.items():
+        _known(key, _KEYS, "--" + key.replace("_", "-"), value)
+    strong = _from_environment(environ or {}, notes) | given
+    where = {k: "--" + k.replace("_", "-") if k in given else ENV_PREFIX + k.upper() for k in strong}
+    weak, sections = _from_file(file) if file is not None else ({}, {})
+    where |= {k: f"{k} (in {file})" for k in weak if k not in strong}
+    flat = weak | strong
+    models = _models(strong, weak, sections, where)
+    values = {k: v for k, v in flat.items() if k in _TOP_KEYS}
+    try:
+        config = ServiceConfig.model_validate({**values, "models": models, "notes": tuple(notes)})
+    except ValidationError as error:
+        raise _readable(error, where) from error
+    _check(config, where)
+    return config
+
+
+def bundled_model() -> Path:
+    """The checkpoint that comes along: beside the rooms in a clone, under `share/` where installed."""
+    import sys
+
+    places = (
+        Path(__file__).resolve().parent.parent / "models" / "demo",
+        Path(sys.prefix) / "share" / "understudy" / "models" / "demo",
+    )
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    raise ConfigError(f"--model: not given, and the bundled model is not at {places[0]}; name a checkpoint's directory")
+
+
+def _known(key: str, keys: Sequence[str], shown: str, value: object) -> None:
+    if key in keys:
+        return
+    near = difflib.get_close_matches(key.replace("-", "_"), keys, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(keys))}"
+    raise ConfigError(f"{shown} = {value!r}: unknown key; {hint}")
+
+
+def _from_environment(environ: Mapping[str, str], notes: list[str]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name in sorted(environ):
+        if not name.startswith(ENV_PREFIX) or _FOREIGN_ENV.match(name):
+            continue
+        if "://" in environ[name] and name == ENV_PREFIX + "PORT":
+            continue  # Kubernetes' link to a Service of that name, not a port of ours
+        key = name[len(ENV_PREFIX) :].lower()
+        if key in _KEYS:
+            value = environ[name]
+            found[key] = [v for v in value.split(",") if v] if key == "model" else value
+        elif near := difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.75):
+            raise ConfigError(f"{name} = {environ[name]!r}: unknown key; did you mean {ENV_PREFIX}{near[0].upper()}?")
+        else:
+            notes.append(f"{name} in the environment is no key of this service and is ignored")
+    return found
+
+
+def _from_file(file: Path) -> tuple[dict[str, object], dict[str, dict[str, object]]]:
+    """Top-level keys, and the sections of `models` by name."""
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {file}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {file}: is not YAML: {' '.join(str(error).split())}") from error
+    if tree is None:
+        return {}, {}
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"--config {file}: holds a {type(tree).__name__}; write one key per line, such as port: 50051"
+        )
+    flat = {str(k).replace("-", "_"): v for k, v in tree.items() if v is not None}
+    sections = flat.pop("models", {})
+    for key, value in flat.items():
+        _known(key, (*_KEYS, "models"), f"{key} (in {file})", value)
+    if sections and "model" in flat:
+        raise ConfigError(f"model and models (in {file}) contradict each other; keep models")
+    if not isinstance(sections, dict) or not all(isinstance(s, dict) for s in sections.values()):
+        raise ConfigError(f"models (in {file}): write a section per model, such as models: {{demo: {{path: DIR}}}}")
+    if isinstance(flat.get("model"), str):
+        flat["model"] = [flat["model"]]
+    for name, section in sections.items():
+        for key, value in section.items():
+            _known(str(key).replace("-", "_"), (*_SIZE_KEYS, "path"), f"models.{name}.{key} (in {file})", value)
+    return flat, {str(n): {str(k).replace("-", "_"): v for k, v in s.items()} for n, s in sections.items()}
+
+
+def _models(
+    strong: Mapping[str, object],
+    weak: Mapping[str, object],
+    sections: Mapping[str, dict[str, object]],
+    where: Mapping[str, str],
+) -> tuple[ModelConfig, ...]:
+    """Each model with its values: flag or environment, else its section, else the file's top level, else default."""
+    named: dict[str, Path] = {}
+    entries = strong.get("model", weak.get("model"))
+    if entries is not None:
+        for entry in entries if isinstance(entries, list | tuple) else [entries]:
+            name, path = _name_and_path(str(entry), where["model"])
+            if name in named:
+                raise ConfigError(f"{where['model']} = {entry!r}: the name {name!r} is taken; write ANOTHER=DIR")
+            named[name] = path
+    else:
+        for name, section in sections.items():
+            if "path" not in section:
+                raise ConfigError(f"models.{name}: has no path; add the checkpoint's directory as path: DIR")
+            named[name] = Path(str(section["path"]))
+    if not named:
+        named["demo"] = bundled_model()
+    models = []
+    for name, path in named.items():
+        own = sections.get(name, {})
+        values = {k: v for k, v in weak.items() if k in _SIZE_KEYS} | own
+        values |= {k: v for k, v in strong.items() if k in _SIZE_KEYS} | {"path": path.expanduser()}
+        labels = dict(where) | {k: f"models.{name}.{k}" for k in own if k not in strong}
+        try:
+            model = ModelConfig.model_validate({**values, "name": name})
+        except ValidationError as error:
+            raise _readable(error, labels) from error
+        _check_directory(model)
+        models.append(model)
+    return tuple(models)
+
+
+def _name_and_path(entry: str, where: str) -> tuple[str, Path]:
+    name, found, rest = entry.partition("=")
+    if not found:
+        path = Path(entry)
+        return path.expanduser().resolve().name, path
+    if not name or not rest:
+        raise ConfigError(f"{where} = {entry!r}: write DIR or NAME=DIR")
+    return name, Path(rest)
+
+
+def _check_directory(model: ModelConfig) -> None:
+    if not model.path.is_dir():
+        raise ConfigError(f"--model {model.path}: no such directory; give one that holds a Hugging Face checkpoint")
+    if not (model.path / "config.json").is_file():
+        raise ConfigError(f"--model {model.path}: has no config.json; give a directory that holds a checkpoint")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody outside this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check(config: ServiceConfig, where: Mapping[str, str]) -> None:
+    """Contradictions between keys."""
+
+    def label(key: str) -> str:
+        return where.get(key, "--" + key.replace("_", "-"))
+
+    for key in ("tls_cert", "tls_key", "tls_client_ca", "tokens"):
+        path = getattr(config, key)
+        if path is not None and not path.is_file():
+            raise ConfigError(f"{label(key)} = {str(path)!r}: no such file")
+    if (config.tls_cert is None) != (config.tls_key is None):
+        here, missing = ("tls_cert", "tls_key") if config.tls_key is None else ("tls_key", "tls_cert")
+        raise ConfigError(f"{label(here)} = {str(getattr(config, here))!r}: needs {label(missing)} as well")
+    if config.tls_client_ca is not None and config.tls_cert is None:
+        raise ConfigError(f"{label('tls_client_ca')} = {str(config.tls_client_ca)!r}: needs --tls-cert and --tls-key")
+    if not is_loopback(config.host):
+        shown = f"{label('host')} = {config.host!r}: others can reach it"
+        if config.tls_cert is None:
+            raise ConfigError(f"{shown}, so it needs --tls-cert and --tls-key; or listen on 127.0.0.1")
+        if config.tokens is None and config.tls_client_ca is None:
+            raise ConfigError(f"{shown}, so it needs --tokens or --tls-client-ca; or listen on 127.0.0.1")
+    ports = [(k, getattr(config, k)) for k in ("port", "admin_port", "metrics_port") if getattr(config, k)]
+    for i, (key, port) in enumerate(ports):
+        for other, same in ports[:i]:
+            if port == same:
+                raise ConfigError(f"{label(key)} = {port}: {label(other)} has that port already; choose another")
+
+
+def _readable(error: ValidationError, where: Mapping[str, str]) -> ConfigError:
+    first = error.errors(include_url=False)[0]
+    key = str(first["loc"][0]) if first["loc"] else ""
+    shown = where.get(key, "--" + key.replace("_", "-"))
+    said = first["msg"].removeprefix("Value error, ")
+    said = said[0].lower() + said[1:]
+    return ConfigError(f"{shown} = {first['input']!r}: {said}")

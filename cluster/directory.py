@@ -1,0 +1,120 @@
+"""The router actor as it runs in a cluster: the router itself, and the roster of who is there.
+
+Named and detached, so that every deployment finds it and an upgrade of any leaves it alone. When it restarts it knows
+nobody; within a beat everybody has announced itself again.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+
+from cluster.roster import Claim, Member, ProcessInfo, Roster
+from router.actor import ACTOR_NAME, RayRouter, RouterActor
+from workers.actors import LeaderReport
+
+_encode = msgspec.msgpack.encode
+_processes = msgspec.msgpack.Decoder(tuple[ProcessInfo, ...])
+_member = msgspec.msgpack.Decoder(Member)
+_members = msgspec.msgpack.Decoder(list[Member])
+_claim = msgspec.msgpack.Decoder(Claim)
+_report = msgspec.msgpack.Decoder(LeaderReport)
+
+
+class DirectoryActor(RouterActor):
+    """The actor's class. Everything crosses as msgpack."""
+
+    def __init__(self, heartbeat_timeout: float = 2.0) -> None:
+        super().__init__(heartbeat_timeout)
+        first = int(time.time()) if _restarted() else 1
+        self._roster = Roster(time.monotonic, timeout_s=max(5.0, 2.5 * heartbeat_timeout), first_epoch=first)
+
+    async def claim(self, model: str, holder: str, processes: bytes) -> bytes:
+        return _encode(self._roster.claim(model, holder, _processes.decode(processes)))
+
+    async def announce(self, member: bytes, report: bytes, node: str) -> bool:
+        """Keeps the roster, and tells the router what follows: register, beat, drain or forget."""
+        said = _member.decode(member)
+        if not self._roster.announce(said):
+            return False
+        if said.claim is not None:
+            self._tell_router(said.claim, said.stage, _report.decode(report) if report else None, node)
+        return True
+
+    async def leave(self, holder: str, claim: bytes) -> None:
+        self._roster.leave(holder)
+        if claim:
+            place = _claim.decode(claim)
+            self._router.unregister(place.replica, place.epoch)
+
+    async def members(self) -> bytes:
+        return _encode(self._roster.members())
+
+    def _tell_router(self, place: Claim, stage: str, report: LeaderReport | None, node: str) -> None:
+        router = self._router
+        if stage == "failed":
+            router.unregister(place.replica, place.epoch)
+        elif stage in ("ready", "draining") and report is not None and report.info is not None:
+            if not router.beat(place.replica, place.epoch, report.stats):
+                router.register(place.replica, report.address, place.epoch, report.info, node)
+                router.beat(place.replica, place.epoch, report.stats)
+            if stage == "draining":
+                router.drain(place.replica, place.epoch)
+
+
+class Directory(RayRouter):
+    """The actor's far end. Every call raises ConnectionError when the actor cannot be reached."""
+
+    async def claim(self, model: str, holder: str, processes: tuple[ProcessInfo, ...]) -> Claim:
+        """See `Roster.claim`."""
+        return _claim.decode(await self._ask(self.handle.claim.remote(model, holder, _encode(processes))))
+
+    async def announce(self, member: Member, report: LeaderReport | None, node: str) -> bool:
+        """See `DirectoryActor.announce`."""
+        told = _encode(report) if report is not None else b""
+        return bool(await self._ask(self.handle.announce.remote(_encode(member), told, node)))
+
+    async def leave(self, holder: str, claim: Claim | None) -> None:
+        """See `Roster.leave`."""
+        await self._ask(self.handle.leave.remote(holder, _encode(claim) if claim is not None else b""))
+
+    async def members(self) -> list[Member]:
+        """See `Roster.members`."""
+        return _members.decode(await self._ask(self.handle.members.remote()))
+
+    def members_now(self, timeout_s: float = 5.0) -> list[Member]:
+        """`members` for a thread without an event loop."""
+        import ray
+        import ray.exceptions
+
+        try:
+            return _members.decode(ray.get(self.handle.members.remote(), timeout=timeout_s))
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            raise ConnectionError(f"the router does not answer: {error}") from error
+
+
+def create(namespace: str, heartbeat_timeout: float) -> Directory:
+    """The directory of a namespace, started where there is none."""
+    import ray
+
+    options: dict[str, Any] = {"name": ACTOR_NAME, "namespace": namespace, "lifetime": "detached"}
+    options |= {"get_if_exists": True, "max_restarts": -1, "num_cpus": 0}
+    return Directory(ray.remote(DirectoryActor).options(**options).remote(heartbeat_timeout))
+
+
+def find(namespace: str) -> Directory:
+    """The directory of a namespace. Raises ConnectionError where there is none."""
+    import ray
+
+    try:
+        return Directory(ray.get_actor(ACTOR_NAME, namespace=namespace))
+    except ValueError as error:
+        raise ConnectionError(f"no router in the namespace {namespace!r}: {error}") from error
+
+
+def _restarted() -> bool:
+    import ray
+
+    return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)

@@ -1,0 +1,50 @@
+"""Replicas' figures for Prometheus, as the router last heard them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from router.state import ReplicaView, State
+
+_Value = Callable[[ReplicaView], float]
+_GAUGES: tuple[tuple[str, str, _Value], ...] = (
+    ("running", "Sequences that run.", lambda v: v.stats.running),
+    ("waiting", "Sequences that wait.", lambda v: v.stats.waiting),
+    ("waiting_prefill_tokens", "Prompt tokens not yet computed.", lambda v: v.stats.waiting_prefill_tokens),
+    ("blocks", "Blocks of the cache.", lambda v: v.info.blocks),
+    ("blocks_in_use", "Blocks held by running sequences.", lambda v: v.stats.blocks_in_use),
+    ("blocks_cached", "Blocks held by the prefix tree alone.", lambda v: v.stats.blocks_cached),
+    ("ready", "1 where the replica takes requests.", lambda v: float(v.state is State.READY)),
+    ("silent_seconds", "Since its last heartbeat.", lambda v: v.silent_s),
+)
+_COUNTERS: tuple[tuple[str, str, _Value], ...] = (
+    ("steps", "Engine steps.", lambda v: v.stats.steps),
+    ("generated_tokens", "Tokens made.", lambda v: v.stats.generated_tokens),
+    ("computed_prompt_tokens", "Prompt tokens computed.", lambda v: v.stats.computed_prompt_tokens),
+    ("hit_tokens", "Prompt tokens found in the prefix tree.", lambda v: v.stats.hit_tokens),
+    ("queried_tokens", "Prompt tokens looked up.", lambda v: v.stats.queried_tokens),
+    ("preemptions", "Sequences that gave their blocks back.", lambda v: v.stats.preemptions),
+)
+_LABELS = ("model", "replica")
+
+
+class ReplicaMetrics(Collector):
+    """Set `views`; every scrape shows the latest."""
+
+    def __init__(self) -> None:
+        self.views: list[ReplicaView] = []
+
+    def collect(self) -> Iterator[Metric]:
+        for name, said, value in _GAUGES:
+            gauge = GaugeMetricFamily(f"understudy_replica_{name}", said, labels=_LABELS)
+            for view in self.views:
+                gauge.add_metric((view.info.model, view.replica), value(view))
+            yield gauge
+        for name, said, value in _COUNTERS:
+            counter = CounterMetricFamily(f"understudy_replica_{name}", said, labels=_LABELS)
+            for view in self.views:
+                counter.add_metric((view.info.model, view.replica), value(view))
+            yield counter

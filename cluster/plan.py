@@ -1,0 +1,155 @@
+"""What each deployment is given: plain data that crosses the cluster, made once from the configuration."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cluster.config import ModelConfig, ServiceConfig, is_loopback
+from cluster.local import NAMESPACE
+from router.models import TEXT_FILES
+from understudy.errors import CheckpointError
+from workers.engine import EngineConfig
+
+SUPERVISOR_CPUS = 0.01
+GATEWAY_CPUS = 0.01
+LEASE_S = 10.0
+
+
+@dataclass(frozen=True)
+class ReplicaPlan:
+    """One model's replicas. `secret` is what both ends of a wire know; `loopback` keeps wires on this machine."""
+
+    model: str
+    engine: EngineConfig
+    replicas: int
+    secret: str
+    leader_cpus: float
+    leader_gpus: float
+    drain_s: float
+    heartbeat_timeout: float
+    loopback: bool
+    fake: bool
+    logs: str | None = None
+    namespace: str = NAMESPACE
+
+
+@dataclass(frozen=True)
+class GatewayPlan:
+    """What gateways need. `files` are the checkpoints' text files by model and name, compressed, for a gateway's node
+    need not have them; certificates and tokens are read from paths on each gateway's node."""
+
+    config: ServiceConfig
+    files: dict[str, dict[str, bytes]]
+    wanted: dict[str, int]
+    secret: str
+    logs: str | None = None
+    started: float = field(default_factory=time.time)  # of the clock on the wall
+    namespace: str = NAMESPACE
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole application."""
+
+    gateway: GatewayPlan
+    replicas: tuple[ReplicaPlan, ...]
+
+
+def make_plan(config: ServiceConfig, cpus: int, logs: Path | None = None) -> Plan:
+    """`cpus` are those of a machine that the replicas share; `logs` is where Serve's replicas write, None Ray's place.
+
+    Raises CheckpointError where text files are missing.
+    """
+    secret = secrets.token_hex(32)
+    number = sum(m.replicas for m in config.models)
+    local = config.ray_address is None
+    place = str(logs) if local and logs is not None else None
+    replicas = tuple(_replica_plan(config, model, secret, cpus, number, place) for model in config.models)
+    files = {m.name: read_text_files(m.path) for m in config.models}
+    wanted = {m.name: m.replicas for m in config.models}
+    return Plan(GatewayPlan(config, files, wanted, secret, place), replicas)
+
+
+def read_text_files(path: Path) -> dict[str, bytes]:
+    """Tokenizer, template and defaults of a checkpoint, compressed. Raises CheckpointError."""
+    found: dict[str, bytes] = {}
+    for name in (*TEXT_FILES, "chat_template.jinja"):
+        try:
+            found[name] = zlib.compress((path / name).read_bytes(), 1)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise CheckpointError(f"{path / name}: cannot be read: {error.strerror}") from error
+    if "tokenizer.json" not in found:
+        raise CheckpointError(
+            f"{path / 'tokenizer.json'}: no such file; "
+            "write it with AutoTokenizer.from_pretrained(...).save_pretrained(DIR)"
+        )
+    return found
+
+
+def unpack(files: dict[str, bytes]) -> dict[str, bytes]:
+    """`read_text_files`, read."""
+    return {name: zlib.decompress(data) for name, data in files.items()}
+
+
+def _replica_plan(
+    config: ServiceConfig, model: ModelConfig, secret: str, cpus: int, number: int, logs: str | None
+) -> ReplicaPlan:
+    local = config.ray_address is None
+    threads = model.threads or (max(1, cpus // number) if local else None)
+    engine = EngineConfig(
+        model_dir=str(model.path.resolve()),
+        name=model.name,
+        dtype=model.dtype,
+        device=model.device,
+        max_context=model.max_context,
+        cache_bytes=model.cache_bytes,
+        chunk_tokens=model.chunk_tokens,
+        max_running=model.max_running,
+        threads=threads,
+    )
+    # On one machine Ray's count of CPUs decides nothing: threads do. In a cluster it keeps replicas apart.
+    leader_cpus = 0.01 if local else float(threads or 1)
+    return ReplicaPlan(
+        model=model.name,
+        engine=engine,
+        replicas=model.replicas,
+        secret=secret,
+        leader_cpus=leader_cpus,
+        leader_gpus=1.0 if model.device.startswith("cuda") else 0.0,
+        drain_s=config.drain_seconds,
+        heartbeat_timeout=config.heartbeat_timeout,
+        loopback=local,
+        fake=config.engine == "fake",
+        logs=logs,
+    )
+
+
+def serve_logging(logs: str | None) -> dict[str, object]:
+    """What Serve writes of a deployment, and where."""
+    return {"enable_access_log": False} | ({"logs_dir": logs} if logs is not None else {})
+
+
+def node_address(loopback: bool) -> str:
+    """How the node that this runs on is called."""
+    import ray
+
+    return "127.0.0.1" if loopback else str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def machine_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def reachable_host(config: ServiceConfig) -> str:
+    """Where this machine reaches its own gateway."""
+    if is_loopback(config.host):
+        return config.host
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)

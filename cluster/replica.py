@@ -1,0 +1,143 @@
+"""The Serve deployment that supervises one replica. Serve keeps its life cycle and sees none of its requests."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import partial
+from typing import Any
+
+from cluster.directory import find
+from cluster.logs import configure
+from cluster.plan import LEASE_S, SUPERVISOR_CPUS, ReplicaPlan, node_address, serve_logging
+from cluster.roster import Claim
+from cluster.supervisor import Supervisor
+from cluster.wire import LeaderServer
+from workers.actors import LeaderReport, Progress, build_real_engine, leader_actor
+from workers.engine import Engine, EngineConfig
+from workers.engine.loop import EngineLoop
+
+log = logging.getLogger(__name__)
+
+
+def build_fake_engine(config: EngineConfig, progress: Progress) -> Engine:
+    """An engine that computes nothing, with the vocabulary of the checkpoint's tokenizer."""
+    from pathlib import Path
+
+    from tokenizers import Tokenizer
+
+    from workers.engine.fake import FakeEngine
+
+    progress(1, 1)
+    vocabulary = Tokenizer.from_file(str(Path(config.model_dir) / "tokenizer.json")).get_vocab_size()
+    return FakeEngine(
+        vocab_size=vocabulary,
+        max_context=config.max_context or 4096,
+        max_running=config.max_running or 64,
+        model=config.name,
+    )
+
+
+def make_wire(loop: EngineLoop, *, claim: Claim, secret: str, host: str) -> LeaderServer:
+    """The leader's end of the wires. `host` empty is the address of the node that this runs on."""
+    host = host or node_address(False)
+    return LeaderServer(loop, replica=claim.replica, epoch=claim.epoch, secret=secret, host=host, lease_s=LEASE_S)
+
+
+class RayLeader:
+    """A leader actor as the supervisor sees it: Ray's errors about a dead actor become ConnectionError."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def start(self) -> LeaderReport:
+        report: LeaderReport = await self._call(self._handle.start)
+        return report
+
+    async def report(self) -> LeaderReport:
+        report: LeaderReport = await self._call(self._handle.report)
+        return report
+
+    async def drain(self, seconds: float) -> bool:
+        return bool(await self._call(self._handle.drain, seconds))
+
+    async def stop(self) -> None:
+        await self._call(self._handle.stop)
+
+    def kill(self) -> None:
+        import ray
+
+        ray.kill(self._handle, no_restart=True)
+
+    async def _call(self, method: Any, *args: object) -> Any:
+        import ray.exceptions
+
+        try:
+            return await method.remote(*args)
+        except ray.exceptions.RayActorError as error:
+            raise ConnectionError(" ".join(str(error).split())[:300]) from error
+
+
+class Replica:
+    """Starts a leader when constructed, beats for it, drains it when Serve takes it away."""
+
+    async def __init__(self, plan: ReplicaPlan) -> None:  # type: ignore[misc]  # Serve awaits it
+        from ray import serve
+
+        configure()
+        self._plan = plan
+        self._supervisor = Supervisor(
+            model=plan.model,
+            holder=serve.get_replica_context().replica_id.unique_id,
+            node=node_address(plan.loopback),
+            start_leader=self._start_leader,
+            router=find(plan.namespace),
+            silence_s=max(10.0, 5 * plan.heartbeat_timeout),
+        )
+        try:
+            await self._supervisor.start()
+        except BaseException:
+            await self._supervisor.abandon()
+            raise
+        self._running = asyncio.create_task(self._supervisor.run(), name="supervise")
+
+    def _start_leader(self, claim: Claim) -> RayLeader:
+        plan = self._plan
+        actor = leader_actor(num_cpus=plan.leader_cpus, num_gpus=plan.leader_gpus)
+        build = build_fake_engine if plan.fake else build_real_engine
+        host = "127.0.0.1" if plan.loopback else ""
+        return RayLeader(
+            actor.remote(plan.engine, build, partial(make_wire, claim=claim, secret=plan.secret, host=host))
+        )
+
+    async def check_health(self) -> None:
+        """Asked by Serve every second."""
+        self._supervisor.check()
+        if self._running.done() and not self._running.cancelled():
+            self._running.result()
+
+    async def __del__(self) -> None:  # Serve awaits it before it ends the process
+        running = getattr(self, "_running", None)
+        if running is None:
+            return
+        running.cancel()
+        ended = await self._supervisor.leave(self._plan.drain_s)
+        log.info("drained%s", "" if ended else f"; streams were left after {self._plan.drain_s:g} s")
+
+
+def deployment(plan: ReplicaPlan) -> Any:
+    """`Replica` for one model, bound."""
+    from ray import serve
+
+    made: Any = serve.deployment(
+        Replica,
+        name=f"replica-{plan.model}",
+        num_replicas=plan.replicas,
+        ray_actor_options={"num_cpus": SUPERVISOR_CPUS},
+        health_check_period_s=0.5,
+        health_check_timeout_s=30.0,
+        graceful_shutdown_timeout_s=plan.drain_s + 15.0,
+        graceful_shutdown_wait_loop_s=0.05,
+        logging_config=serve_logging(plan.logs),
+    )
+    return made.bind(plan)

@@ -1,0 +1,283 @@
+"""`understudy serve`: one run of the service in the foreground, from the first word on the console to the last process.
+
+Ready means that a token has come through a gateway. A failure on the way there is one line and an exit code, never a
+retry: somebody is watching.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from cluster import app
+from cluster.config import ServiceConfig
+from cluster.console import Console
+from cluster.directory import Directory
+from cluster.local import LocalRay, join
+from cluster.logs import configure
+from cluster.plan import Plan, machine_cpus, make_plan, reachable_host
+from cluster.roster import Member
+from router.server import address, probe_port
+from understudy.errors import FROM_KIND, InternalError, UnderstudyError
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.1
+_KEPT_RUNS = 10  # directories of logs
+
+
+class Stopped(Exception):
+    """Somebody asked the service to end before it was ready."""
+
+
+def run(config: ServiceConfig, console: Console) -> int:
+    """Serves until a signal comes; the exit code. Raises UnderstudyError when the service cannot start.
+
+    Must run on the main thread.
+    """
+    config = with_free_ports(config)
+    for note in config.notes:
+        console.say(f"warning: {note}")
+    check_checkpoints(config)
+    logs = new_log_directory()
+    plan = make_plan(config, machine_cpus(), logs / "serve")
+    signals = Signals()
+    with signals, console.quiet(logs / "serve.log", config.verbose):
+        configure(logging.DEBUG if config.verbose else logging.INFO)
+        if not config.verbose:
+            console.say(f"logs: {logs}")
+        try:
+            _serve(plan, logs, console, signals)
+        except Stopped:
+            return 0
+    return 0
+
+
+def _serve(plan: Plan, logs: Path, console: Console, signals: Signals) -> None:
+    with _ray(plan.gateway.config, logs, console, signals):
+        signals.install()  # Ray has set its own meanwhile
+        signals.check()
+        console.stage("starting Serve")
+        directory = app.start_serve(plan)
+        try:
+            _start(plan, directory, console, signals)
+            signals.wait()
+        except Stopped:
+            pass
+        except UnderstudyError:
+            if plan.gateway.config.ray_address is not None:
+                app.take_down(plan)
+            raise
+        console.stage("draining")
+        with suppress(Stopped):  # a second signal: no more patience
+            app.take_down(plan)
+    console.done()
+    console.say("understudy: stopped")
+
+
+@contextmanager
+def _ray(config: ServiceConfig, logs: Path, console: Console, signals: Signals) -> Iterator[None]:
+    """A Ray to run on: our own, which ends with the block, or one that was there before."""
+    if config.ray_address is not None:
+        import ray
+
+        console.stage(f"joining Ray at {config.ray_address}")
+        join(config.ray_address, config.verbose)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    console.stage("starting Ray")
+    local = LocalRay(logs)
+    try:
+        local.start(max(4, machine_cpus()), config.verbose)
+        yield
+    finally:
+        signals.ignore()
+        local.stop()
+
+
+def _start(plan: Plan, directory: Directory, console: Console, signals: Signals) -> None:
+    """Deploys and waits until a token can be had. Raises UnderstudyError where that will not come."""
+    problem: list[BaseException] = []
+
+    def deploy() -> None:
+        try:
+            app.deploy(plan)
+        except BaseException as error:  # told to the thread that waits
+            problem.append(error)
+
+    threading.Thread(target=deploy, name="deploy", daemon=True).start()
+    while True:
+        signals.check()
+        if problem:
+            raise InternalError(f"Serve could not start the application: {problem[0]}") from problem[0]
+        try:
+            members = directory.members_now()
+        except ConnectionError as error:  # the machine is busy, or the router is being started again
+            log.warning("%s", error)
+            continue
+        raise_failure(members)
+        if all_ready(members, plan):
+            break
+        console.stage(*progress_of(members))
+        time.sleep(_POLL_S)
+    config = plan.gateway.config
+    if config.tls_cert is None:
+        complete_one_token(config, plan)
+    console.done()
+    console.ready(address(config.host, config.port))
+    console.say(example(config))
+
+
+def raise_failure(members: list[Member]) -> None:
+    """Raises the first failure that a member announces, as an error of its kind."""
+    for member in members:
+        if member.stage == "failed":
+            who = member.claim.replica if member.claim is not None else member.model or "the gateway"
+            error = FROM_KIND.get(member.error_kind, InternalError)
+            raise error(member.error if error is not InternalError else f"{who}: {member.error}")
+
+
+def all_ready(members: list[Member], plan: Plan) -> bool:
+    """Whether every replica and gateway that is wanted is ready."""
+    for replicas in plan.replicas:
+        mine = [m for m in members if m.role == "replica" and m.model == replicas.model and m.stage == "ready"]
+        if len(mine) < replicas.replicas:
+            return False
+    gateways = [m for m in members if m.role == "gateway" and m.stage == "ready"]
+    return len(gateways) >= plan.gateway.config.gateways
+
+
+def progress_of(members: list[Member]) -> tuple[str, float | None]:
+    """What the console shows: the stage of the slowest replica, and the share of weights read while they are read."""
+    stages = {m.stage for m in members if m.role == "replica"}
+    if not stages or "starting" in stages:
+        return "starting replicas", None
+    if "loading" in stages:
+        loading = [m.done if m.stage == "loading" else 1.0 for m in members if m.role == "replica"]
+        return "loading weights", sum(loading) / len(loading)
+    if "warming" in stages:
+        return "warming up", None
+    return "waiting for the gateway", None
+
+
+def complete_one_token(config: ServiceConfig, plan: Plan) -> None:
+    """A real completion of one token of each model through the gateway. Raises UnderstudyError."""
+    from understudy.client import Client
+
+    with Client(address(reachable_host(config), config.port), token=first_token(config.tokens)) as client:
+        for model in plan.gateway.wanted:
+            for _ in client.generate([0], model=model, max_tokens=1, ignore_eos=True, timeout=60.0):
+                pass
+
+
+def first_token(tokens: Path | None) -> str | None:
+    """A bearer token that the gateway accepts, where it wants one."""
+    if tokens is None:
+        return None
+    for line in tokens.read_text(encoding="utf-8").splitlines():
+        if line.split() and not line.lstrip().startswith("#"):
+            return line.split()[0]
+    return None
+
+
+def example(config: ServiceConfig) -> str:
+    """A command to type next."""
+    where = "" if config.port == 50051 else f" --address {address(reachable_host(config), config.port)}"
+    model = "" if len(config.models) == 1 else f" --model {config.models[0].name}"
+    security = (" --tls-ca FILE" if config.tls_cert else "") + (" --token TOKEN" if config.tokens else "")
+    return f'try: understudy complete "The capital of France is"{model}{where}{security}'
+
+
+def with_free_ports(config: ServiceConfig) -> ServiceConfig:
+    """Ports of 0 become free ones. Raises ConfigError where one is taken."""
+    chosen: dict[str, int] = {}
+    for key in ("port", "admin_port", "metrics_port"):
+        host, port = config.host if key == "port" else "127.0.0.1", getattr(config, key)
+        if port:
+            try:
+                probe_port(host, port)
+            except UnderstudyError as error:
+                raise type(error)(f"--{key.replace('_', '-')}{error.message.removeprefix('port')}") from error
+        else:
+            chosen[key] = free_port(host)
+    return config.model_copy(update=chosen)
+
+
+def free_port(host: str) -> int:
+    """A port that nobody listens on."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def check_checkpoints(config: ServiceConfig) -> None:
+    """What can be known of a checkpoint before anything is started. Raises CheckpointError."""
+    from workers.model.spec import read_spec
+
+    for model in config.models:
+        read_spec(model.path)
+
+
+def new_log_directory() -> Path:
+    """A directory for this run's logs; of older runs the latest few are kept."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "understudy" / "logs"
+    directory = root / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    directory.mkdir(parents=True)
+    for old in sorted(p for p in root.iterdir() if p.is_dir())[:-_KEPT_RUNS]:
+        shutil.rmtree(old, ignore_errors=True)
+    return directory
+
+
+class Signals:
+    """SIGINT and SIGTERM: the first asks to drain, the second not to wait."""
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Signals:
+        self._before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.install()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def install(self) -> None:
+        """Takes the signals."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def ignore(self) -> None:
+        """What is left takes a moment and has to be done."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        if self._asked.is_set():
+            raise Stopped
+        self._asked.set()
+
+    def check(self) -> None:
+        """Raises Stopped where a signal has come."""
+        if self._asked.is_set():
+            raise Stopped
+
+    def wait(self) -> None:
+        """Until a signal comes."""
+        while not self._asked.wait(1.0):
+            pass

@@ -1,0 +1,157 @@
+"""From configuration to plan, from what members say to what people see."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from cluster.admin import describe
+from cluster.config import ServiceConfig, load
+from cluster.metrics import ReplicaMetrics
+from cluster.plan import make_plan, unpack
+from cluster.roster import Claim, Member, ProcessInfo
+from cluster.serve import all_ready, example, first_token, progress_of, raise_failure, with_free_ports
+from router.state import ReplicaView, State
+from understudy.errors import CheckpointError, ConfigError, InternalError
+from understudy.v1 import admin_pb2 as pb
+from workers.engine import EngineStats
+from workers.engine.fake import FakeEngine
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    directory = tmp_path / "m"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    (directory / "tokenizer.json").write_text('{"some": "text"}')
+    return directory
+
+
+@pytest.fixture
+def config(checkpoint: Path) -> ServiceConfig:
+    return load({"model": [f"a={checkpoint}", f"b={checkpoint}"], "replicas": 2, "cache_bytes": "1GiB"})
+
+
+def replica(name: str, stage: str, done: float = 0.0, epoch: int = 1, **more: str) -> Member:
+    claim = Claim(name, epoch)
+    processes = (ProcessInfo("replica", 10, "n", name), ProcessInfo("shard", 11, "n", name))
+    return Member(name, "replica", stage, processes, done, name.partition("-")[0], claim, **more)
+
+
+def gateway(stage: str = "ready") -> Member:
+    return Member("g", "gateway", stage, (ProcessInfo("gateway", 12, "n"),))
+
+
+def test_a_plan_shares_the_machine_and_crosses_the_cluster(config: ServiceConfig) -> None:
+    plan = make_plan(config, 8, Path("logs"))
+    assert pickle.loads(pickle.dumps(plan)) == plan
+    assert [(r.model, r.replicas, r.engine.threads) for r in plan.replicas] == [("a", 2, 2), ("b", 2, 2)]
+    assert {r.engine.cache_bytes for r in plan.replicas} == {1 << 30}
+    assert {r.secret for r in plan.replicas} == {plan.gateway.secret}
+    assert plan.gateway.wanted == {"a": 2, "b": 2}
+    assert unpack(plan.gateway.files["a"]) == {"config.json": b"{}", "tokenizer.json": b'{"some": "text"}'}
+    assert make_plan(config, 8).gateway.secret != plan.gateway.secret
+    assert {r.engine.threads for r in make_plan(config, 1).replicas} == {1}
+
+
+def test_in_a_cluster_replicas_take_whole_cpus_and_real_addresses(checkpoint: Path) -> None:
+    config = load({"model": [str(checkpoint)], "ray_address": "auto", "threads": 4})
+    (plan,) = make_plan(config, 8, Path("logs")).replicas
+    assert (plan.leader_cpus, plan.loopback, plan.logs) == (4.0, False, None)
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(checkpoint: Path, config: ServiceConfig) -> None:
+    (checkpoint / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json.*save_pretrained"):
+        make_plan(config, 2)
+
+
+def test_progress_is_that_of_the_slowest() -> None:
+    assert progress_of([]) == ("starting replicas", None)
+    loading = [replica("a-0", "ready", 1.0), replica("a-1", "loading", 0.5)]
+    assert progress_of(loading) == ("loading weights", 0.75)
+    assert progress_of([*loading, replica("b-0", "starting")]) == ("starting replicas", None)
+    assert progress_of([replica("a-0", "warming")]) == ("warming up", None)
+    assert progress_of([replica("a-0", "ready"), gateway("starting")]) == ("waiting for the gateway", None)
+
+
+def test_ready_is_when_everybody_is(config: ServiceConfig) -> None:
+    plan = make_plan(config, 2)
+    everybody = [*(replica(f"{m}-{i}", "ready") for m in "ab" for i in range(2)), gateway()]
+    assert all_ready(everybody, plan)
+    for missing in range(len(everybody)):
+        assert not all_ready(everybody[:missing] + everybody[missing + 1 :], plan)
+    assert not all_ready([*everybody[:-1], gateway("starting")], plan)
+
+
+def test_a_failure_keeps_its_kind() -> None:
+    raise_failure([replica("a-0", "loading"), gateway()])
+    with pytest.raises(CheckpointError) as caught:
+        raise_failure([replica("a-0", "failed", error_kind="CHECKPOINT", error="x: is cut off")])
+    assert caught.value.message == "x: is cut off"
+    with pytest.raises(InternalError, match="a-1: the process is dead"):
+        raise_failure([replica("a-1", "failed", error="the process is dead")])
+
+
+def test_a_taken_port_is_named_by_its_flag(checkpoint: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for flag in ("port", "admin_port", "metrics_port"):
+            with pytest.raises(ConfigError, match=f"--{flag.replace('_', '-')}: cannot listen on 127.0.0.1:{port}"):
+                with_free_ports(load({"model": [str(checkpoint)], "port": 0, "admin_port": 0, flag: port}))
+    free = with_free_ports(load({"model": [str(checkpoint)], "port": 0, "admin_port": 0, "metrics_port": 0}))
+    assert len({free.port, free.admin_port, free.metrics_port} - {0}) == 3
+
+
+def test_the_example_can_be_typed(checkpoint: Path, config: ServiceConfig) -> None:
+    plain = load({"model": [str(checkpoint)]})
+    assert example(plain) == 'try: understudy complete "The capital of France is"'
+    assert example(config.model_copy(update={"port": 7})).endswith('is" --model a --address 127.0.0.1:7')
+
+
+def test_the_first_token_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("# ours\n\nsecret tenant\nother tenant\n")
+    assert first_token(file) == "secret"
+    assert first_token(None) is None
+
+
+def view(name: str, state: State = State.READY, epoch: int = 1) -> ReplicaView:
+    info = FakeEngine(model=name.partition("-")[0]).info
+    return ReplicaView(name, "h:1", epoch, state, info, EngineStats(running=3, generated_tokens=40), 0.5, "n")
+
+
+def test_status_joins_the_router_and_the_roster() -> None:
+    views = [view("a-0"), view("a-1", State.LOST)]
+    members = [
+        replica("a-0", "ready"),
+        replica("a-1", "ready"),
+        replica("a-1", "loading", epoch=2),
+        replica("b-0", "failed", error="no such file"),
+        gateway(),
+    ]
+    status = describe(views, members, {"a": 2, "b": 1})
+    assert [(m.name, m.replicas_ready, m.replicas_wanted) for m in status.models] == [("a", 1, 2), ("b", 0, 1)]
+    assert [(r.id, r.epoch, pb.ReplicaState.Name(r.state), r.cause) for r in status.replicas] == [
+        ("a-0", 1, "REPLICA_STATE_READY", ""),
+        ("a-1", 1, "REPLICA_STATE_LOST", "silent for 0.5 s"),
+        ("a-1", 2, "REPLICA_STATE_STARTING", "loading"),
+        ("b-0", 1, "REPLICA_STATE_LOST", "no such file"),
+    ]
+    assert [p.role for p in status.processes] == ["replica", "shard"] * 4 + ["gateway"]
+
+
+def test_replicas_figures_are_exported() -> None:
+    registry, metrics = CollectorRegistry(), ReplicaMetrics()
+    registry.register(metrics)
+    metrics.views = [view("a-0"), view("a-1", State.LOST)]
+    text = generate_latest(registry).decode()
+    assert 'understudy_replica_running{model="a",replica="a-0"} 3.0' in text
+    assert 'understudy_replica_generated_tokens_total{model="a",replica="a-1"} 40.0' in text
+    assert 'understudy_replica_ready{model="a",replica="a-1"} 0.0' in text

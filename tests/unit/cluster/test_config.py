@@ -1,0 +1,205 @@
+"""Every key, from every place; every mistake, with its way out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster import config as module
+from cluster.config import is_loopback, load, parse_size
+from understudy.errors import ConfigError
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    directory = tmp_path / "llama"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    return directory
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    def write_(tree: object) -> Path:
+        path = tmp_path / "service.yaml"
+        path.write_text(tree if isinstance(tree, str) else json.dumps(tree))  # JSON is YAML
+        return path
+
+    return write_
+
+
+def test_defaults(model: Path) -> None:
+    config = load({"model": [str(model)]})
+    assert (config.host, config.port, config.admin_port, config.metrics_port) == ("127.0.0.1", 50051, 50052, 9464)
+    assert (config.gateways, config.drain_seconds, config.heartbeat_timeout) == (1, 30, 2)
+    (served,) = config.models
+    assert (served.name, served.path, served.replicas, served.dtype) == ("llama", model, 1, "auto")
+    assert config.notes == ()
+
+
+def test_flags_win_over_environment_over_file(model: Path, write: Any) -> None:
+    file = write({"model": str(model), "port": 1001, "gateways": 2, "drain_seconds": 5, "heartbeat_timeout": 3})
+    config = load({"port": 3003}, {"UNDERSTUDY_PORT": "2002", "UNDERSTUDY_GATEWAYS": "4"}, file)
+    assert (config.port, config.gateways, config.drain_seconds, config.heartbeat_timeout) == (3003, 4, 5, 3)
+
+
+def test_each_model_has_its_section(model: Path, write: Any) -> None:
+    tree = {
+        "replicas": 2,
+        "dtype": "float16",
+        "models": {
+            "a": {"path": str(model), "replicas": 3, "cache-bytes": "2GiB"},
+            "b": {"path": str(model), "dtype": "float32"},
+        },
+    }
+    a, b = load({}, {}, write(tree)).models
+    assert (a.name, a.replicas, a.dtype, a.cache_bytes) == ("a", 3, "float16", 2 << 30)
+    assert (b.name, b.replicas, b.dtype, b.cache_bytes) == ("b", 2, "float32", None)
+    a, b = load({"replicas": "1"}, {"UNDERSTUDY_DTYPE": "bfloat16"}, write(tree)).models
+    assert {(m.replicas, m.dtype) for m in (a, b)} == {(1, "bfloat16")}, "a flag or variable wins over every section"
+    (only,) = load({"model": [f"a={model}"]}, {}, write(tree)).models
+    assert (only.name, only.replicas) == ("a", 3), "a named model keeps its section"
+
+
+def test_several_models_by_name(model: Path) -> None:
+    config = load({"model": [str(model), f"other={model}"]})
+    assert [m.name for m in config.models] == ["llama", "other"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"prot": 1}, ["--prot", "1", "did you mean port?"]),
+        ({"frobnicate": 1}, ["--frobnicate", "unknown key", "known are"]),
+        ({"port": 70000}, ["--port", "70000", "65535"]),
+        ({"gateways": 0}, ["--gateways", "0", "greater than or equal to 1"]),
+        ({"cache_bytes": "4Gx"}, ["--cache-bytes", "4Gx", "4GiB"]),
+        ({"cache_bytes": "12"}, ["--cache-bytes", "12", "1048576"]),
+        ({"dtype": "float8"}, ["--dtype", "float8", "bfloat16"]),
+        ({"device": "gpu"}, ["--device", "gpu", "cuda"]),
+        ({"replicas": "1:4"}, ["--replicas", "1:4", "one number"]),
+        ({"replicas": "many"}, ["--replicas", "many", "integer"]),
+        ({"max_running": 0}, ["--max-running", "0"]),
+        ({"heartbeat_timeout": 0.1}, ["--heartbeat-timeout", "0.1", "0.5"]),
+        ({"host": "0.0.0.0"}, ["--host", "0.0.0.0", "--tls-cert", "127.0.0.1"]),
+        ({"port": 4, "admin_port": 4}, ["--admin-port", "4", "--port"]),
+        ({"tls_cert": Path("/nowhere")}, ["--tls-cert", "/nowhere", "no such file"]),
+        ({"tokens": Path("/nowhere")}, ["--tokens", "/nowhere", "no such file"]),
+        ({"model": ["/nowhere"]}, ["--model", "/nowhere", "no such directory"]),
+        ({"model": ["=x"]}, ["--model", "=x", "NAME=DIR"]),
+    ],
+)
+def test_a_wrong_flag_is_named_with_its_value_and_a_way_out(
+    model: Path, flags: dict[str, object], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load({"model": [str(model)]} | flags)
+    for word in words:
+        assert word in caught.value.message, caught.value.message
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"prot": 1}, ["prot", "service.yaml", "did you mean port?"]),
+        ({"port": "x"}, ["port (in", "'x'", "integer"]),
+        ({"models": {"a": {"path": "/x", "replica": 2}}}, ["models.a.replica", "did you mean replicas?"]),
+        ({"models": {"a": {"replicas": 2}}}, ["models.a", "path"]),
+        ({"models": ["a"]}, ["models", "section"]),
+        ({"model": "/x", "models": {"a": {"path": "/x"}}}, ["model", "models", "contradict"]),
+        ("- 1\n- 2\n", ["list", "one key per line"]),
+        ("a: [", ["is not YAML"]),
+    ],
+)
+def test_a_wrong_key_in_the_file_is_named(write: Any, tree: object, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load({}, {}, write(tree))
+    for word in words:
+        assert word in caught.value.message, caught.value.message
+
+
+def test_an_empty_file_is_no_mistake_and_a_missing_one_is(model: Path, write: Any, tmp_path: Path) -> None:
+    assert load({"model": [str(model)]}, {}, write("")).port == 50051
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load({}, {}, tmp_path / "absent.yaml")
+
+
+def test_a_wrong_value_in_a_section_names_the_section(model: Path, write: Any) -> None:
+    with pytest.raises(ConfigError, match=r"models\.a\.dtype = 'float8'"):
+        load({}, {}, write({"models": {"a": {"path": str(model), "dtype": "float8"}}}))
+
+
+def test_the_environment(model: Path) -> None:
+    base = {"UNDERSTUDY_MODEL": f"x={model},y={model}"}
+    assert [m.name for m in load({}, base).models] == ["x", "y"]
+    with pytest.raises(ConfigError, match=r"UNDERSTUDY_PROT = '1'.*UNDERSTUDY_PORT"):
+        load({}, base | {"UNDERSTUDY_PROT": "1"})
+    with pytest.raises(ConfigError, match="UNDERSTUDY_PORT = 'high'"):
+        load({}, base | {"UNDERSTUDY_PORT": "high"})
+    noted = load({}, base | {"UNDERSTUDY_COLOUR": "red"})
+    assert "UNDERSTUDY_COLOUR" in noted.notes[0]
+    linked = {"UNDERSTUDY_PORT": "tcp://10.0.0.1:50051", "UNDERSTUDY_SERVICE_HOST": "10.0.0.1"}
+    config = load({}, base | linked | {"UNDERSTUDY_PORT_50051_TCP": "tcp://10.0.0.1:50051"})
+    assert (config.port, config.notes) == (50051, ()), "what Kubernetes says of a Service is not ours"
+
+
+def test_two_models_of_one_name(model: Path) -> None:
+    with pytest.raises(ConfigError, match="'llama' is taken"):
+        load({"model": [str(model), str(model)]})
+
+
+def test_a_directory_without_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        load({"model": [str(tmp_path)]})
+
+
+def test_the_bundled_model_is_the_default(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "bundled_model", lambda: model)
+    (served,) = load().models
+    assert (served.name, served.path) == ("demo", model)
+
+
+def test_tls_goes_together_and_strangers_need_a_name(model: Path, tmp_path: Path) -> None:
+    pem = tmp_path / "x.pem"
+    pem.write_text("x")
+    base = {"model": [str(model)]}
+    with pytest.raises(ConfigError, match=r"--tls-cert.*needs --tls-key"):
+        load(base | {"tls_cert": pem})
+    with pytest.raises(ConfigError, match=r"--tls-key.*needs --tls-cert"):
+        load(base | {"tls_key": pem})
+    with pytest.raises(ConfigError, match=r"--tls-client-ca.*needs"):
+        load(base | {"tls_client_ca": pem})
+    pair = base | {"tls_cert": pem, "tls_key": pem, "host": "0.0.0.0"}
+    with pytest.raises(ConfigError, match="needs --tokens or --tls-client-ca"):
+        load(pair)
+    assert load(pair | {"tokens": pem}).host == "0.0.0.0"
+    assert load(pair | {"tls_client_ca": pem}).host == "0.0.0.0"
+    with pytest.raises(ConfigError, match=r"--tls-cert"):
+        load(base | {"host": "example.org", "tokens": pem})
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True), ("0.0.0.0", False),
+     ("::", False), ("10.0.0.1", False), ("example.org", False)],
+)  # fmt: skip
+def test_loopback(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
+
+
+@given(
+    st.integers(1, 10**6), st.sampled_from([("", 1), ("KiB", 1 << 10), ("mib", 1 << 20), (" GB", 10**9), ("t", 10**12)])
+)
+def test_sizes(number: int, unit: tuple[str, int]) -> None:
+    assert parse_size(f"{number}{unit[0]}") == number * unit[1]
+    assert parse_size(number) == number
+
+
+def test_half_a_gibibyte() -> None:
+    assert parse_size("0.5GiB") == 1 << 29

@@ -1,0 +1,184 @@
+"""The Ray shells of this room: the leader of a replica's group, which holds the engine.
+
+`Leader` is a plain class that runs, and is tested, without Ray; `leader_actor` wraps it. How its tokens travel is
+passed in as a factory of wire servers, for this room knows no gRPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from understudy.errors import UnderstudyError
+from workers.engine import Engine, EngineConfig, EngineInfo, EngineStats, Request, StepOutput
+from workers.engine.loop import EngineLoop
+
+log = logging.getLogger(__name__)
+
+Stage = Literal["starting", "loading", "warming", "ready", "draining", "failed"]
+Progress = Callable[[int, int], None]  # bytes read, bytes in all
+BuildEngine = Callable[[EngineConfig, Progress], Engine]
+
+
+class WireServer(Protocol):
+    """Carries an engine loop's sessions to gateways."""
+
+    @property
+    def gateways(self) -> list[str]:
+        """Who is connected."""
+
+    async def start(self) -> str:
+        """Listens; the address as HOST:PORT."""
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Ends every session. Idempotent."""
+
+
+WireFactory = Callable[[EngineLoop], WireServer]
+
+
+class LeaderReport(msgspec.Struct, frozen=True):
+    """A leader as its supervisor sees it. `done` is the share of `stage` in [0, 1]; `step_age_s` is how long the
+    step under way has been running, in seconds; `error` is set where `stage` is failed."""
+
+    stage: Stage
+    done: float
+    pid: int
+    address: str = ""
+    info: EngineInfo | None = None
+    stats: EngineStats = msgspec.field(default_factory=EngineStats)
+    step_age_s: float = 0.0
+    wedged: bool = False
+    gateways: int = 0
+    error_kind: str = ""
+    error: str = ""
+
+
+def build_real_engine(config: EngineConfig, progress: Progress) -> Engine:
+    """The engine of a checkpoint; brings torch into the process."""
+    from workers.engine.build import build_engine
+
+    return build_engine(config, progress)
+
+
+class Leader:
+    """Builds an engine in this process and serves it. Its methods run on one event loop.
+
+    `start` returns when the engine makes tokens; `report` answers at any time. `threads` is set before anything
+    that reads OMP_NUM_THREADS is imported.
+    """
+
+    def __init__(
+        self, config: EngineConfig, build: BuildEngine, wire: WireFactory, *, own_process: bool = True
+    ) -> None:
+        if own_process:
+            os.environ["OMP_NUM_THREADS"] = str(config.threads or os.cpu_count() or 1)
+        self._config = config
+        self._build = build
+        self._make_wire = wire
+        self._stage: Stage = "starting"
+        self._done = 0.0
+        self._error: BaseException | None = None
+        self._address = ""
+        self._loop: EngineLoop | None = None
+        self._wire: WireServer | None = None
+
+    async def start(self) -> LeaderReport:
+        """Builds, warms up and listens. A failure is reported, not raised: it has to travel as words."""
+        try:
+            self._stage = "loading"
+            engine = await asyncio.to_thread(self._build, self._config, self._progress)
+            self._loop = EngineLoop(engine, on_error=self._fail)
+            self._stage, self._done = "warming", 0.0
+            await warm_up(self._loop)
+            self._wire = self._make_wire(self._loop)
+            self._address = await self._wire.start()
+            self._stage, self._done = "ready", 1.0
+        except Exception as error:
+            if not isinstance(error, UnderstudyError):
+                log.exception("the engine could not be built")
+            self._fail(error)
+        return self.report_now()
+
+    async def report(self) -> LeaderReport:
+        """What is known right now; quick."""
+        return self.report_now()
+
+    def report_now(self) -> LeaderReport:
+        loop, error = self._loop, self._error
+        report = LeaderReport(self._stage, self._done, os.getpid(), self._address)
+        if error is not None:
+            kind = error.kind if isinstance(error, UnderstudyError) else "INTERNAL"
+            said = error.message if isinstance(error, UnderstudyError) else f"{type(error).__name__}: {error}"
+            report = msgspec.structs.replace(report, error_kind=kind, error=said)
+        if loop is None:
+            return report
+        return msgspec.structs.replace(
+            report,
+            info=loop.info,
+            stats=loop.stats(),
+            step_age_s=loop.last_step_age(),
+            wedged=loop.wedged,
+            gateways=len(self._wire.gateways) if self._wire is not None else 0,
+        )
+
+    async def drain(self, seconds: float) -> bool:
+        """Takes nothing new and waits up to `seconds` until all streams have ended; True when they have."""
+        if self._loop is None:
+            return True
+        if self._stage == "ready":
+            self._stage = "draining"
+        return await asyncio.to_thread(self._loop.drain, time.monotonic() + seconds)
+
+    async def stop(self) -> None:
+        """Cancels what is left and gives everything back. Raises RuntimeError when the engine still holds something.
+        Idempotent."""
+        loop, self._loop = self._loop, None
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            await wire.stop()
+        if loop is not None:
+            await asyncio.to_thread(loop.stop, 10.0)
+
+    def _progress(self, done: int, total: int) -> None:
+        self._done = done / total if total else 0.0
+
+    def _fail(self, error: BaseException) -> None:
+        self._error, self._stage = error, "failed"
+
+
+async def warm_up(loop: EngineLoop) -> None:
+    """One short sequence through the whole engine, so that the first caller does not wait for first-time costs.
+
+    Raises RuntimeError when it fails.
+    """
+    here = asyncio.get_running_loop()
+    ended: asyncio.Future[str] = here.create_future()
+
+    def finish(error: str) -> None:
+        if not ended.done():
+            ended.set_result(error)
+
+    def sink(output: StepOutput) -> None:
+        for sequence in output.outputs:
+            if sequence.finish is not None:
+                here.call_soon_threadsafe(finish, sequence.error)
+
+    with loop.attach(sink) as session:
+        session.submit(Request("warm-up", [0, 0, 0], 2, bypass_prefix_cache=True))
+        error = await ended
+    if error:
+        raise RuntimeError(f"the engine cannot make a token: {error}")
+
+
+def leader_actor(*, num_cpus: float, num_gpus: float = 0.0, **options: Any) -> Any:
+    """`Leader` as a Ray actor class with its resources named. It is never restarted: its supervisor starts another."""
+    import ray
+
+    return ray.remote(Leader).options(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=0, **options)
