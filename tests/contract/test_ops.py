@@ -292,6 +292,21 @@ def test_silu_mul_at_the_ends(ops: Ops) -> None:
     assert ops.silu_mul(x).tolist() == [[0.0, 1000.0, 0.0]]
 
 
+@pytest.mark.parametrize(("t", "k", "f"), [(1, 32, 48), (3, 40, 17), (40, 64, 96), (300, 96, 600)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_swiglu_has_the_bits_of_its_parts(ops: Ops, t: int, k: int, f: int, biased: bool) -> None:
+    x, gate, up = random(ops.dtype, t, k), random(ops.dtype, f, k, seed=1), random(ops.dtype, f, k, seed=2)
+    biases = [random(ops.dtype, f, seed=3), random(ops.dtype, f, seed=4)] if biased else [None, None]
+    parts = torch.cat([ops.linear(gate, biases[0])(x), ops.linear(up, biases[1])(x)], dim=1)
+    want = ops.silu_mul(parts)
+    if isinstance(ops, PlainOps):  # its linears differ with their shape
+        torch.testing.assert_close(
+            ops.swiglu(gate, up, *biases)(x), want, rtol=4 * EPS[ops.dtype], atol=4 * EPS[ops.dtype]
+        )
+    else:
+        assert torch.equal(ops.swiglu(gate, up, *biases)(x), want)
+
+
 @pytest.mark.parametrize("v", [1, 50, 8192, 20001])
 def test_logprobs(ops: Ops, v: int) -> None:
     logits = random(ops.dtype, 3, v, scale=5.0)
@@ -320,6 +335,13 @@ def test_row_functions_keep_the_row_law(ops: Ops) -> None:
     assert_row_law(ops.silu_mul, x)
     assert_row_law(ops.logprobs, x)
     assert_row_law(lambda rows: ops.gate(rows, 3, True)[1], x)
+
+
+def test_swiglu_keeps_the_row_law(ops: Ops) -> None:
+    f, k = 333, 70
+    assert_row_law(
+        ops.swiglu(random(ops.dtype, f, k, seed=1), random(ops.dtype, f, k, seed=2)), random(ops.dtype, 300, k)
+    )
 
 
 def test_row_functions_take_rows_that_lie_apart(ops: Ops) -> None:

@@ -34,6 +34,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "understudy_linear_new": (_P, [_I, _I, _P, _L, _L, _L, _P]),
     "understudy_linear_free": (None, [_P]),
     "understudy_linear": (None, [_P, _P, _L, _P, _L, _L]),
+    "understudy_swiglu": (_I, [_P, _P, _P, _L, _P, _L, _L]),
     "understudy_experts_new": (_P, [_P, _L]),
     "understudy_experts_free": (None, [_P]),
     "understudy_experts": (_I, [_P, _P, _L, _P, _L, _P, _P, _L, _L]),
@@ -95,6 +96,29 @@ class NativeLinear:
             x = x.contiguous()
         y = torch.empty((t, self.n), dtype=self._dtype)
         self._call(self.handle, x.data_ptr(), x.stride(0), y.data_ptr(), self.n, t)
+        return y
+
+
+class NativeSwiglu:
+    """silu(x gate^T) * (x up^T), in one pass over x."""
+
+    __slots__ = ("_call", "_dtype", "_gate", "_up", "k", "n")
+
+    def __init__(self, lib: ctypes.CDLL, gate: NativeLinear, up: NativeLinear, dtype: torch.dtype) -> None:
+        if (gate.n, gate.k) != (up.n, up.k):
+            raise ValueError(f"gate and up have one shape, not [{gate.n}, {gate.k}] and [{up.n}, {up.k}]")
+        self.n, self.k = gate.n, gate.k
+        self._gate, self._up, self._dtype = gate, up, dtype
+        self._call: Callable[..., int] = lib.understudy_swiglu
+
+    def __call__(self, x: Tensor) -> Tensor:  # [T, K] -> [T, F]
+        t, k = x.shape
+        if k != self.k or x.dtype is not self._dtype:
+            raise ValueError(f"this swiglu takes [T, {self.k}] {self._dtype}, not {list(x.shape)} {x.dtype}")
+        x = _rows(x)
+        y = torch.empty((t, self.n), dtype=self._dtype)
+        if self._call(self._gate.handle, self._up.handle, x.data_ptr(), x.stride(0), y.data_ptr(), self.n, t):
+            raise MemoryError(f"no memory for {t} rows of a feed-forward")
         return y
 
 
@@ -180,6 +204,11 @@ class NativeOps(NativeAttention):
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> NativeLinear:
         return NativeLinear(self.lib, self._family, weight, bias, self.dtype)
+
+    def swiglu(
+        self, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None
+    ) -> NativeSwiglu:
+        return NativeSwiglu(self.lib, self.linear(gate, gate_bias), self.linear(up, up_bias), self.dtype)
 
     def experts(self, gate: Sequence[Tensor], up: Sequence[Tensor], down: Sequence[Tensor]) -> NativeExperts:
         if not gate:

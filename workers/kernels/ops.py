@@ -76,6 +76,14 @@ class Ops(Protocol):
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """Packs a weight [N, K] (copied; the argument may be a memory-mapped view and is not kept)."""
 
+    def swiglu(
+        self, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None
+    ) -> Linear:
+        """Packs silu(x gate^T) * (x up^T) as one call [T, H] -> [T, F]; gate and up are [F, H].
+
+        Both are rounded to the dtype, then multiplied as by `silu_mul`.
+        """
+
     def experts(self, gate: Sequence[Tensor], up: Sequence[Tensor], down: Sequence[Tensor]) -> Experts:
         """Packs E experts: gate and up are [F, H] each, down is [H, F]."""
 

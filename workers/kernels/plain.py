@@ -79,6 +79,17 @@ class RowLinear:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+class PlainSwiglu:
+    """One linear over gate and up, then silu_mul."""
+
+    def __init__(self, gate_up: RowLinear, act: Callable[[Tensor], Tensor]) -> None:
+        self.n, self.k = gate_up.n // 2, gate_up.k
+        self._gate_up, self._act = gate_up, act
+
+    def __call__(self, x: Tensor) -> Tensor:  # [T, K] -> [T, F]
+        return self._act(self._gate_up(x))
+
+
 class PlainExperts:
     """Each expert runs over the rows that chose it; a row's slots are added in their order."""
 
@@ -172,6 +183,12 @@ class PlainOps:
         w = weight.to(self.dtype).to(torch.float32, copy=True)
         b = None if bias is None else bias.to(self.dtype).to(torch.float32, copy=True)
         return lambda x: F.linear(x.float(), w, b).to(x.dtype)
+
+    def swiglu(
+        self, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None
+    ) -> PlainSwiglu:
+        bias = None if gate_bias is None or up_bias is None else torch.cat([gate_bias, up_bias])
+        return PlainSwiglu(self.linear(torch.cat([gate, up]), bias), self.silu_mul)
 
     def experts(self, gate: Sequence[Tensor], up: Sequence[Tensor], down: Sequence[Tensor]) -> PlainExperts:
         gate_up = [self.linear(torch.cat([g, u])) for g, u in zip(gate, up, strict=True)]

@@ -15,11 +15,11 @@ from workers.model.spec import ModelSpec, MoeFfn
 class DenseLayer:
     """down(silu(gate(x)) * up(x)): [T, H] -> [T, H]"""
 
-    gate_up: Linear  # rows of gate, then up
+    gated: Linear  # silu(gate(x)) * up(x)
     down: Linear
 
     def __call__(self, ops: Ops, x: Tensor) -> Tensor:
-        return self.down(ops.silu_mul(self.gate_up(x)))
+        return self.down(self.gated(x))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,6 @@ def load_ffn(spec: ModelSpec, layer: int, load: Loader) -> DenseLayer | MoeLayer
         gate = load.linear([f"{block}.gate"], [ffn.experts], spec.hidden, bias=False)
         return MoeLayer(gate, load.experts(block, ffn, spec.hidden), ffn.top_k, ffn.renormalize)
     return DenseLayer(
-        load.linear([f"{prefix}.gate_proj", f"{prefix}.up_proj"], [ffn.size, ffn.size], spec.hidden, ffn.bias),
+        load.swiglu(f"{prefix}.gate_proj", f"{prefix}.up_proj", ffn.size, spec.hidden, ffn.bias),
         load.linear([f"{prefix}.down_proj"], [spec.hidden], ffn.size, ffn.bias),
     )

@@ -40,6 +40,12 @@ class Loader:
         biases = [self.tensor(f"{name}.bias", n) for name, n in zip(names, rows, strict=True)] if bias else []
         return self._ops.linear(_joined(weights), _joined(biases) if bias else None)
 
+    def swiglu(self, gate: str, up: str, size: int, k: int, bias: bool) -> Linear:
+        """The gated half of a feed-forward: silu(gate(x)) * up(x)."""
+        weights = [self.tensor(f"{name}.weight", size, k) for name in (gate, up)]
+        biases = [self.tensor(f"{name}.bias", size) if bias else None for name in (gate, up)]
+        return self._ops.swiglu(*weights, *biases)
+
     def has(self, name: str) -> bool:
         return name in self._source
 

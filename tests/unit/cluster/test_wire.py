@@ -11,8 +11,8 @@ import grpc.aio
 import pytest
 
 from cluster.wire import GrpcReplicaChannel, LeaderServer
-from router.wire import Beat, Cancel, Hello, Ping, Up
-from workers.engine import FinishReason, Request, StepOutput
+from router.wire import Beat, Cancel, Hello, Ping, Up, encode
+from workers.engine import FinishReason, Request, SequenceOutput, StepOutput
 from workers.engine.fake import FakeEngine
 from workers.engine.loop import EngineLoop
 
@@ -161,6 +161,25 @@ async def test_the_lease_ends_a_silent_gateways_session() -> None:
         with pytest.raises(ConnectionError):
             await channel.send(Request("b", [1], 1))
         await channel.close()
+
+
+async def test_a_gateway_that_does_not_read_loses_its_session() -> None:
+    """Its kernel acknowledges pings and its pings may come, but the flow control lets nothing through any more."""
+    async with leader(FakeEngine(step_s=0.001, max_context=10**6), lease_s=0.2) as server:
+        huge = "x" * (1 << 16)  # comes back in every beat of a refusal
+        async with grpc.aio.insecure_channel(server.address) as raw:
+            call = raw.stream_stream("/understudy.internal.Wire/Stream")(
+                metadata=(("understudy-secret", "s"), ("understudy-gateway", "stopped"))
+            )
+            await call.write(encode([Request("a", [1], 900_000)]))
+            await until(lambda: server.loop.stats().running == 1)
+            stream = next(iter(server._streams))
+            while server.gateways:
+                stream._heard = server.clock()  # as if it pinged
+                stream._outbox.put(StepOutput(0, [SequenceOutput("b", [], error=huge * 16)]))
+                await asyncio.sleep(0)
+            await until(lambda: server.loop.stats().running == 0)
+            call.cancel()
 
 
 async def test_pings_keep_the_lease() -> None:

@@ -13,8 +13,9 @@ from router_stage import Stage, problem, until
 
 from router.dispatch import Patience
 from router.gateway import Gateway
-from router.interceptors import Tokens, status_of
+from router.interceptors import Tokens
 from router.server import GatewayConfig
+from understudy._status import from_status, to_status
 from understudy.errors import ConfigError, Overloaded
 from understudy.v1 import inference_pb2 as pb
 
@@ -169,10 +170,11 @@ async def test_a_fault_of_ours_leaks_nothing(stage: Stage, monkeypatch: pytest.M
 
 
 async def test_an_overflow_says_when_to_come_back() -> None:
-    status = status_of(Overloaded("full", 2.5), "id")
-    assert status.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
-    long = status_of(Overloaded("ü" * 10_000), "id")
-    assert len(long.SerializeToString()) < 4000
+    code, message, trailing = to_status(Overloaded("full", 2.5), "id")
+    assert (code, message) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
+    assert from_status(code, message, trailing).retry_after_s == 2.5  # type: ignore[attr-defined]
+    _, message, trailing = to_status(Overloaded("ü" * 10_000), "id")
+    assert len(message.encode()) + sum(len(value) for _, value in trailing) < 4000
 
 
 # Identity.

@@ -18,7 +18,7 @@ template <class F> void by_dtype(int dtype, F &&f) {
 }
 
 // Rows per piece, so that a piece is worth taking.
-long rows_per_piece(long row_length) { return std::max<long>(1, 16384 / std::max<long>(row_length, 1)); }
+long rows_per_piece(long row_length) { return std::max<long>(1, 4096 / std::max<long>(row_length, 1)); }
 
 // Sum over [0, n) of term(i, left): 16 values from place i, of which the first `left` are within the row (the others must be 0).
 template <class F> float row_sum(long n, F &&term) {

@@ -6,6 +6,7 @@
 
 #include "linear.h"
 #include "pool.h"
+#include "swiglu.h"
 
 namespace understudy {
 
@@ -14,23 +15,6 @@ struct Experts {
 };
 
 namespace {
-
-long size_of(Dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
-
-// Memory of the calling thread that is kept from call to call.
-struct Workspace {
-    char *memory = nullptr;
-    std::size_t bytes = 0;
-    ~Workspace() { std::free(memory); }
-    char *get(std::size_t needed) {
-        if (needed > bytes) {
-            std::free(memory);
-            memory = static_cast<char *>(stream_memory(needed));
-            bytes = memory ? needed : 0;
-        }
-        return memory;
-    }
-};
 
 // Slot s = t * k + j of the gate's choice stands at place[s] among the rows sorted by expert; expert e has rows [start[e], start[e + 1]).
 struct Order {
@@ -43,15 +27,6 @@ struct Order {
         for (long s = 0; s < slots; s++) place[s] = next[ids[s]]++;
     }
 };
-
-template <class T> void silu_mul_columns(T *gate, const T *up, long stride, long rows, long begin, long end) {
-    for (long i = 0; i < rows; i++) {
-        for (long c = begin; c < end; c += LANES) {
-            const floats g = load(gate + i * stride + c, end - c);
-            store(gate + i * stride + c, g * sigmoid(g) * load(up + i * stride + c, end - c), end - c);
-        }
-    }
-}
 
 template <class T> void combine(const T *out, T *y, const float *weights, const long *place, long k, long h) {
     for (long c = 0; c < h; c += LANES) {
@@ -99,8 +74,9 @@ bool run(const Experts &experts, const void *x, long x_stride, void *y, long y_s
         const long row = order.start[e], m = order.start[e + 1] - row;
         kernels.multiply(*experts.gate[e], Rows{input + row * row_h, h, gate + row * row_f, f, m}, begin, end);
         kernels.multiply(*experts.up[e], Rows{input + row * row_h, h, up + row * row_f, f, m}, begin, end);
-        silu_mul_columns(reinterpret_cast<T *>(gate + row * row_f), reinterpret_cast<const T *>(up + row * row_f), f, m, begin * first.width,
-                         std::min(end * first.width, f));
+        const long column = begin * first.width;
+        T *gates = reinterpret_cast<T *>(gate + row * row_f) + column;
+        silu_mul(gates, reinterpret_cast<const T *>(up + row * row_f) + column, f, gates, f, m, std::min(end * first.width, f) - column);
     });
     each_chosen(experts.down, order, [&](long e, long begin, long end) {
         const long row = order.start[e], m = order.start[e + 1] - row;

@@ -26,28 +26,33 @@ void *stream_memory(std::size_t bytes) {
     return memory;
 }
 
-void multiply(const Linear &linear, const Rows &rows) {
-    if (rows.m <= 0) return;
+Cut::Cut(const Linear &linear, long m) {
     const Kernels &kernels = kernels_of(linear);
-    const long most = kernels.row_block(linear, rows.m), even = (rows.m + most - 1) / most;
-    const long block = even > 1 ? ((rows.m + even - 1) / even + 31) / 32 * 32 : rows.m, blocks = (rows.m + block - 1) / block;
+    const long most = kernels.row_block(linear, m), even = (m + most - 1) / most;
+    block = even > 1 ? ((m + even - 1) / even + 31) / 32 * 32 : m;
+    blocks = (m + block - 1) / block;
     // Few rows: the weights are read once, in pieces worth taking. Many: rectangles that fit the cache, some for each thread.
-    long pieces = 0;
-    if (rows.m <= 32) {
+    if (m <= 32) {
         pieces = linear.panels / std::max<long>(1, (1L << 16) / linear.panel_bytes);
     } else {
         const long least = std::max((linear.panels + kernels.panel_block - 1) / kernels.panel_block, (4L * threads() + blocks - 1) / blocks);
         pieces = (least + threads() - 1) / threads() * threads();
     }
-    const long grain = std::max<long>(1, linear.panels / std::max<long>(pieces, 1));
+    grain = std::max<long>(1, linear.panels / std::max<long>(pieces, 1));
     pieces = (linear.panels + grain - 1) / grain;
-    const long x_bytes = linear.dtype == FLOAT32 ? 4 : 2;
-    parallel(blocks * pieces, 1, [&](long from, long to) {
+}
+
+void multiply(const Linear &linear, const Rows &rows) {
+    if (rows.m <= 0) return;
+    const Kernels &kernels = kernels_of(linear);
+    const Cut cut(linear, rows.m);
+    const long bytes = size_of(linear.dtype);
+    parallel(cut.blocks * cut.pieces, 1, [&](long from, long to) {
         for (long piece = from; piece < to; piece++) {
-            const long row = piece / pieces * block, panel = piece % pieces * grain;
-            const Rows part{static_cast<const char *>(rows.x) + row * rows.x_stride * x_bytes, rows.x_stride,
-                            static_cast<char *>(rows.y) + row * rows.y_stride * x_bytes, rows.y_stride, std::min(block, rows.m - row)};
-            kernels.multiply(linear, part, panel, std::min(panel + grain, linear.panels));
+            const long row = piece / cut.pieces * cut.block, panel = piece % cut.pieces * cut.grain;
+            const Rows part{static_cast<const char *>(rows.x) + row * rows.x_stride * bytes, rows.x_stride,
+                            static_cast<char *>(rows.y) + row * rows.y_stride * bytes, rows.y_stride, std::min(cut.block, rows.m - row)};
+            kernels.multiply(linear, part, panel, std::min(panel + cut.grain, linear.panels));
         }
     });
 }

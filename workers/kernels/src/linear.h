@@ -51,6 +51,13 @@ const Kernels &kernels_of(const Linear &linear);
 // Memory for something that is read as one stream: aligned to 2 MiB and on huge pages where it is large. Null when there is none.
 void *stream_memory(std::size_t bytes);
 
+// How m rows and a weight's panels are cut into rectangles for the threads: `blocks` of `block` rows by `pieces` of `grain` panels.
+struct Cut {
+    long block, blocks, grain, pieces;
+
+    Cut(const Linear &linear, long m);
+};
+
 // The family's kernel over rows and panels, shared among the threads.
 void multiply(const Linear &linear, const Rows &rows);
 

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -17,6 +18,8 @@ typedef std::uint16_t halves __attribute__((vector_size(32)));
 constexpr int LANES = 16;
 
 enum Dtype : int { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+constexpr long size_of(Dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 struct bf16 { std::uint16_t bits; };
 struct fp16 { std::uint16_t bits; };
@@ -46,14 +49,18 @@ inline floats fma(floats a, floats b, floats c) {
 
 inline floats widen_bf16(halves h) { return reinterpret_cast<floats>(__builtin_convertvector(h, uints) << 16); }
 
-// To the nearest, ties to even; NaN stays NaN.
+// To the nearest, ties to even; NaN stays NaN. The instruction takes subnormals for 0.
 inline halves narrow_bf16(floats x) {
+#if defined(__AVX512BF16__)
+    return reinterpret_cast<halves>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(x)));
+#else
     const uints u = reinterpret_cast<uints>(x);
     const uints rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
     const uints quiet = (u >> 16) | 0x40;
     const ints nan = reinterpret_cast<ints>((u & 0x7FFFFFFF) > 0x7F800000);
     const uints mask = reinterpret_cast<uints>(nan);
     return __builtin_convertvector((quiet & mask) | (rounded & ~mask), halves);
+#endif
 }
 
 inline floats widen_fp16(halves h) {
@@ -123,9 +130,9 @@ inline void store(fp16 *p, floats v, long n = LANES) {
 
 // Values as a tensor of T would hold them.
 template <class T> inline floats round_to(floats v) {
-    T lanes[LANES];
-    store(lanes, v);
-    return widen(lanes);
+    if constexpr (sizeof(T) == 4) return v;
+    else if constexpr (std::is_same_v<T, bf16>) return widen_bf16(narrow_bf16(v));
+    else return widen_fp16(narrow_fp16(v));
 }
 
 // One fixed tree: lanes 8 apart, then 4, 2, 1.
