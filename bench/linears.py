@@ -1,4 +1,4 @@
-"""Linear kernels against oneDNN, in one run: `python bench/kernels.py [--layers 6] [--rows 1 16 256 1024]`.
+"""Linear kernels against oneDNN, in one run: `python bench/linears.py [--layers 6] [--rows 1 16 256 1024]`.
 
 Weights of one Qwen2.5-0.5B layer (and, with --head, of its vocabulary), several layers of them, so that they come
 from memory as they do in a model. Each round times every implementation in turn; the table shows medians.
