@@ -20,7 +20,10 @@ from workers.engine.plan import Chunk, StepPlan
 BLOCK = 16
 
 
-class PlainLogprobs:
+class PlainSamplingOps:
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(logits.float().numpy().argmax(axis=1))
+
     def logprobs(self, logits: torch.Tensor) -> torch.Tensor:
         rows = [torch.log_softmax(row.double(), -1).float() for row in logits]
         return torch.stack(rows)
@@ -91,4 +94,4 @@ def paged_engine(
         chunk_tokens=chunk_tokens,
     )
     cache = CacheManager(counts, windows, BLOCK, prefix_cache)
-    return EngineCore(runner, info, cache, PlainLogprobs()), runner
+    return EngineCore(runner, info, cache, PlainSamplingOps()), runner

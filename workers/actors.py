@@ -137,8 +137,7 @@ class Leader:
         return await asyncio.to_thread(self._loop.drain, time.monotonic() + seconds)
 
     async def stop(self) -> None:
-        """Cancels what is left and gives everything back. Raises RuntimeError when the engine still holds something.
-        Idempotent."""
+        """Cancels what is left and gives everything back; the log says what the engine then still holds. Idempotent."""
         loop, self._loop = self._loop, None
         wire, self._wire = self._wire, None
         if wire is not None:

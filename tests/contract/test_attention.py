@@ -318,6 +318,30 @@ def test_no_rows(ops: Ops) -> None:
     )
 
 
+def test_wrong_tables_and_norms_are_named(native: NativeOps) -> None:
+    layer = Heads(native, 16, 2, 2)
+    cache, batch, qkv = layer.cache(1), batch_of([(0, 3)], [[0]]), layer.rows(3, 0)
+    cos, sin = tables(16)
+    norm = torch.ones(16, dtype=native.dtype)
+
+    def write(cos: Tensor = cos, sin: Tensor = sin, q_norm: Tensor = norm, k_norm: Tensor = norm, at: int = 1) -> None:
+        native.rope_write(qkv, (4, 2), q_norm, k_norm, 1e-6, cos, sin, cache, at, batch, 0)
+
+    write()
+    with pytest.raises(ValueError, match=r"cos is torch.float64 .*float32 \[context, 8\]"):
+        write(cos=cos.double())
+    with pytest.raises(ValueError, match="sin has 2 positions; the batch reaches 2"):
+        write(sin=sin[:2])
+    with pytest.raises(ValueError, match=r"sin is .* 4\); a contiguous"):
+        write(sin=sin[:, :4])
+    with pytest.raises(ValueError, match=r"q_norm is .*\(15,\)"):
+        write(q_norm=norm[:15])
+    with pytest.raises(ValueError, match=r"k_norm is .*float64"):
+        write(k_norm=norm.double())
+    with pytest.raises(IndexError, match="layer -1"):
+        write(at=-1)
+
+
 def test_wrong_shapes_are_named(native: NativeOps) -> None:
     layer = Heads(native, 16, 2, 2)
     cache = layer.cache(1)
@@ -331,6 +355,10 @@ def test_wrong_shapes_are_named(native: NativeOps) -> None:
         native.attend(q, cache, 1, batch, 0, 0, None)
     with pytest.raises(ValueError, match=r"positions reach 16; batch.tables\[0\] ends at 16"):
         native.attend(q, cache, 1, batch_of([(14, 17)], [[0]]), 0, 0.25, None)
+    with pytest.raises(ValueError, match="positions begin at -1"):
+        native.attend(q, cache, 1, batch_of([(-1, 2)], [[0]]), 0, 0.25, None)
+    with pytest.raises(IndexError, match="layer 2 of a cache with 2 layers"):
+        native.attend(q, cache, 2, batch, 0, 0.25, None)
     with pytest.raises(ValueError, match="head_dim is 7"):
         native.cache(1, 1, 1, 7)
     with pytest.raises(IndexError, match="layer 2, block 0"):

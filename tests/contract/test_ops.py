@@ -235,6 +235,11 @@ def test_experts_keep_the_row_law(ops: Ops) -> None:
         assert torch.equal(experts(x[rows], ids[rows], weights[rows]), whole[rows]), f"{m} rows from row {start}"
 
 
+def test_experts_of_no_rows(ops: Ops) -> None:
+    experts, none = ops.experts(*experts_weights(ops.dtype, 4, 16, 16)), torch.zeros(0, 2)
+    assert experts(random(ops.dtype, 0, 16), none.int(), none).shape == (0, 16)
+
+
 def test_native_experts_refuse_an_id_that_names_none(native: NativeOps) -> None:
     experts = native.experts(*experts_weights(native.dtype, 4, 16, 16))
     for bad in (-1, 4):
@@ -360,11 +365,23 @@ def test_embed(ops: Ops) -> None:
         ops.embed(table, torch.tensor([30]))
 
 
-def test_argmax_takes_the_first_of_equals(native: NativeOps) -> None:
-    logits = random(native.dtype, 40, 3001)
-    logits[7, [100, 2999]] = 50.0
-    assert torch.equal(native.argmax(logits), logits.float().argmax(-1))
-    assert native.argmax(logits)[7] == 100
+@pytest.mark.parametrize("v", [1, 15, 4096, 10_007])
+def test_argmax_takes_the_first_of_equals(ops: Ops, v: int) -> None:
+    logits = random(ops.dtype, 40, v)
+    logits[7, [v // 2, v - 1]] = 50.0
+    logits[8] = float("-inf")
+    logits[9, [v // 3, v - 1]] = float("inf")
+    assert ops.argmax(logits).tolist() == logits.float().numpy().argmax(axis=1).tolist()
+    assert ops.argmax(logits)[7] == v // 2
+
+
+def test_argmax_cannot_overlook_what_is_no_number(ops: Ops) -> None:
+    logits = random(ops.dtype, 3, 9001)
+    logits[0, [4500, 8999]] = float("nan")
+    logits[0, 17] = float("inf")
+    logits[2, 9000] = float("nan")
+    assert ops.argmax(logits)[[0, 2]].tolist() == [4500, 9000]
+    assert ops.argmax(logits[:, :9000][1:2]).item() == logits[1, :9000].float().argmax()
 
 
 # What it is called ---------------------------------------------------------------------------------------------------

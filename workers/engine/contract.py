@@ -127,7 +127,9 @@ class EngineStats(msgspec.Struct):
 class EngineConfig(msgspec.Struct, frozen=True):
     """Sizes and choices of one engine; None is 'from the model and the machine'.
 
-    `dtype` is auto, float32, bfloat16 or float16. `kernels` is auto, native or plain. `threads` is of computation.
+    `dtype` is auto, float32, bfloat16 or float16. `device` is cpu or cuda[:N]. `kernels` is auto, native (C++, CPU
+    only), plain (torch alone) or fast (CUDA only: gives up that a row's bits do not depend on its batch); what does
+    not apply to the device is a ConfigError. `threads` is of computation.
     """
 
     model_dir: str

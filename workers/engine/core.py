@@ -11,7 +11,7 @@ from workers.cache.keys import root_key
 from workers.cache.manager import CacheManager
 from workers.engine.contract import EngineInfo, EngineStats, FinishReason, Request, SequenceOutput
 from workers.engine.plan import StepPlan
-from workers.engine.sampler import Choice, HasLogprobs, Row, Sampler
+from workers.engine.sampler import Choice, Row, Sampler, SamplingOps
 from workers.engine.scheduler import Scheduler
 from workers.engine.sequence import Sequence, finish_of
 
@@ -22,7 +22,8 @@ class StepRunner(Protocol):
     """What computes a plan's rows: `workers.engine.runner.Runner`, or a test's own."""
 
     def run(self, plan: StepPlan) -> Tensor:
-        """Logits [S, V] of the last rows of the chunks with `sample`, in the plan's order; S may be 0."""
+        """Logits [S, V], of any float type, of the last rows of the chunks with `sample`, in the plan's order. S may
+        be 0."""
 
     def close(self) -> None: ...
 
@@ -30,7 +31,7 @@ class StepRunner(Protocol):
 class EngineCore:
     """Keeps the contract of `Engine` over a runner, a sampler and the block cache."""
 
-    def __init__(self, runner: StepRunner, info: EngineInfo, cache: CacheManager, ops: HasLogprobs) -> None:
+    def __init__(self, runner: StepRunner, info: EngineInfo, cache: CacheManager, ops: SamplingOps) -> None:
         self._runner = runner
         self._info = info
         self._cache = cache

@@ -232,12 +232,17 @@ class EngineLoop:
             return not self._stopping
 
     def _turn(self) -> None:
-        """Applies what was asked for, runs one step, and hands every session its share."""
+        """Applies what was asked for and runs one step."""
         self._busy_since = self._clock()
         self._apply()
+        self._advance()
+
+    def _advance(self) -> None:
+        """Runs one step, where there is work, and hands every session its share."""
         outputs = self._engine.step() if self._engine.has_work() else []
         self._step += 1
         self._busy_since = self._clock()
+        self._stats = msgspec.structs.replace(self._engine.stats())
         self._deliver(outputs)
 
     def _apply(self) -> None:
@@ -252,7 +257,6 @@ class EngineLoop:
     def _deliver(self, outputs: list[SequenceOutput]) -> None:
         shares: dict[Session, list[SequenceOutput]] = {}
         with self._lock:
-            self._stats = msgspec.structs.replace(self._engine.stats())
             for output in outputs:
                 owner = self._owners[output.id]
                 if output.finish is not None:
@@ -279,9 +283,7 @@ class EngineLoop:
         for inner in list(self._owners):
             self._engine.cancel(inner)
         while self._engine.has_work():
-            outputs = self._engine.step()
-            self._step += 1
-            self._deliver(outputs)
+            self._advance()
         self._engine.check_idle()
 
     def _fail(self, error: BaseException) -> None:

@@ -110,14 +110,14 @@ class Runner:
     def run(self, plan: StepPlan) -> Tensor:
         """Computes every row of the plan, in order, and writes its keys and values.
 
-        Returns the logits of the last row of each chunk with `sample`, in the chunks' order: float32 [S, V], rounded
-        to the model's dtype before. Raises ValueError for a row outside the context, the vocabulary or its table:
+        Returns the logits of the last row of each chunk with `sample`, in the chunks' order: [S, V] in the model's
+        dtype. Raises ValueError for a row outside the context, the vocabulary or its table:
         the kernels would read or write memory that is not theirs.
         """
         decoder = self._open()
         chunks = plan.chunks
         if not chunks:
-            return torch.zeros(0, decoder.spec.vocab_size)
+            return torch.zeros(0, decoder.spec.vocab_size, dtype=decoder.ops.dtype)
         lengths = np.fromiter((len(c.tokens) for c in chunks), np.int64, len(chunks))
         starts = np.fromiter((c.start for c in chunks), np.int64, len(chunks))
         row_start = np.zeros(len(chunks) + 1, np.int64)
@@ -137,7 +137,7 @@ class Runner:
             row_seq=self._tensor(np.repeat(np.arange(len(chunks), dtype=np.int32), lengths)),
         )
         sampled = self._tensor(row_start[1:][wanted] - 1)
-        return decoder.forward(self._tensor(ids), batch, self._caches, sampled).float()
+        return decoder.forward(self._tensor(ids), batch, self._caches, sampled)
 
     def close(self) -> None:
         """Lets go of weights and cache. Idempotent."""
@@ -203,11 +203,23 @@ def available_memory(device: torch.device) -> int:
     """Bytes that can still be had: of the card, or of the machine within this control group's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    available = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
-        available = min(available, max(0, int(text) - int(used.read_text())))
-    return int(available)
+    available = int(psutil.virtual_memory().available)
+    left = left_in_group(Path("/sys/fs/cgroup"))
+    return available if left is None else min(available, left)
+
+
+def left_in_group(group: Path) -> int | None:
+    """Bytes that a control group (version 2) may still take; None where it has no limit.
+
+    Pages of files count as free: the kernel only keeps them until somebody wants the memory, and after a first start
+    they are the whole checkpoint.
+    """
+    limit, used = group / "memory.max", group / "memory.current"
+    if not (limit.is_file() and used.is_file()) or (text := limit.read_text().strip()) == "max":
+        return None
+    counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    files = sum(int(counts[name]) for name in ("active_file", "inactive_file"))
+    return max(0, int(text) - int(used.read_text()) + files)
 
 
 def cache_size(spec: ModelSpec, ops: Ops, config: EngineConfig, memory: int) -> tuple[int, int]:

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -39,8 +38,10 @@ SAMPLER_VERSION = 1  # of the definition above; with numpy's version, part of th
 _SUM_BLOCK = 1024  # partial sums of the inverse distribution function, in elements
 
 
-class HasLogprobs(Protocol):
-    """The one operation of `workers.kernels.ops.Ops` that sampling needs."""
+class SamplingOps(Protocol):
+    """The operations of `workers.kernels.ops.Ops` that sampling needs."""
+
+    def argmax(self, logits: Tensor) -> Tensor: ...
 
     def logprobs(self, logits: Tensor) -> Tensor: ...
 
@@ -69,7 +70,7 @@ class Choice:
 class Sampler:
     """`ops` brings log_softmax in the engine's numerics."""
 
-    def __init__(self, ops: HasLogprobs) -> None:
+    def __init__(self, ops: SamplingOps) -> None:
         self._ops = ops
 
     def choose(self, logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
@@ -78,7 +79,7 @@ class Sampler:
             return []
         choices = [
             Choice(token) if math.isfinite(value) else Choice(token, error=f"the model's logits have a {value}")
-            for token, value in _likeliest(logits)
+            for token, value in self._likeliest(logits)
         ]
         plain = [i for i, choice in enumerate(choices) if not choice.error]
         if drawn := [i for i in plain if rows[i].sampling.temperature > 0 or rows[i].barred]:
@@ -86,6 +87,11 @@ class Sampler:
         if told := [i for i in plain if rows[i].logprobs is not None]:
             self._tell(logits, rows, told, choices)
         return choices
+
+    def _likeliest(self, logits: Tensor) -> Iterable[tuple[int, float]]:
+        """Id and logit of each row's likeliest token. A NaN is likeliest, so that it cannot hide."""
+        ids = self._ops.argmax(logits)
+        return zip(ids.tolist(), logits.gather(1, ids[:, None])[:, 0].tolist(), strict=True)
 
     def _draw(self, logits: Tensor, rows: Sequence[Row], which: list[int], choices: list[Choice]) -> None:
         values = _numpy(logits, which)
@@ -99,16 +105,6 @@ class Sampler:
             choices[i].logprob = token_logprob(value, choices[i].token, rows[i].logprobs or 0)
 
 
-def _likeliest(logits: Tensor) -> Iterable[tuple[int, float]]:
-    """Id and logit of each row's likeliest token: the lowest id among equals. A NaN wins, so that it cannot hide."""
-    if logits.device.type == "cpu" and logits.dtype == torch.float32:  # numpy's is 30 times torch's speed there
-        rows = logits.numpy()
-        best = rows.argmax(axis=1)
-        return zip(best.tolist(), rows[np.arange(len(rows)), best].tolist(), strict=True)
-    ids = torch.argmax(logits, dim=-1)
-    return zip(ids.tolist(), logits.gather(1, ids[:, None])[:, 0].tolist(), strict=True)
-
-
 def _numpy(logits: Tensor, which: list[int]) -> Floats:
     chosen = logits if len(which) == len(logits) else logits[which]
     result: Floats = chosen.float().cpu().numpy()
@@ -119,7 +115,8 @@ def draw(logits: Floats, sampling: Sampling, barred: Sequence[int], number: floa
     """The token of one row [V] for one number in [0, 1), by the definition at the top of this file."""
     if len(barred):
         logits = logits.copy()
-        logits[list(barred)] = -np.inf
+        there = [id for id in barred if id < len(logits)]  # a checkpoint may name an EOS beyond its vocabulary
+        logits[there] = -np.inf
     if sampling.temperature == 0:
         return int(logits.argmax())
     ids, weights = weigh(logits, sampling)
@@ -139,13 +136,14 @@ def weigh(logits: Floats, sampling: Sampling) -> tuple[Ids | None, Doubles]:
         ids = np.flatnonzero(logits >= least - 1e-4 * (1 + abs(least)))
         logits = logits[ids]
     weights: Doubles = np.subtract(logits, highest, dtype=np.float64)
-    with np.errstate(over="ignore"):  # a temperature next to 0: everything but the likeliest becomes 0
-        weights /= sampling.temperature
+    if sampling.temperature != 1:
+        with np.errstate(over="ignore"):  # a temperature next to 0: everything but the likeliest becomes 0
+            weights /= sampling.temperature
     np.exp(weights, out=weights)
     if sampling.min_p > 0:
         ids, weights = _keep(ids, weights, np.flatnonzero(weights >= sampling.min_p))
     if sampling.top_p < 1:
-        ids, weights = _keep(ids, weights, np.sort(_nucleus(weights, sampling.top_p)))
+        ids, weights = _keep(ids, weights, _nucleus(weights, sampling.top_p))
     return ids, weights
 
 
@@ -157,18 +155,22 @@ def _nucleus(weights: Doubles, top_p: float) -> Ids:
     """The shortest beginning of the tokens, likeliest first, with at least `top_p` of the whole weight.
 
     Looks only at tokens that can be in it: all those below (1 - top_p) / V of the whole weigh less than 1 - top_p
-    together (half of that, so that rounding does not matter). Sorts a few, and eight times as many while they do not
-    reach the share; the answer is the same.
+    together (half of that, so that rounding does not matter). Adds them up in buckets of nearly equal weight, and
+    sorts only the bucket in which the share is reached. In order of ids.
     """
     whole = float(weights.sum())
     places = np.flatnonzero(weights >= 0.5 * (1 - top_p) * whole / len(weights))
-    weights, count = weights[places], 256
-    while True:
-        order = largest(weights, min(count, len(weights)))
-        reached = np.cumsum(weights[order])
-        if reached[-1] >= top_p * whole or count >= len(weights):
-            return places[order[: int(np.searchsorted(reached, top_p * whole)) + 1]]
-        count *= 8
+    weights = weights[places]
+    buckets = weights.view(np.int64) >> 46  # positive numbers are ordered as their bits are: 64 buckets to a power of 2
+    below = buckets.max() - buckets
+    reached = np.cumsum(np.bincount(below, weights))
+    last = min(int(np.searchsorted(reached, top_p * whole)), len(reached) - 1)
+    stays = below < last
+    inside = np.flatnonzero(below == last)
+    inside = inside[np.argsort(-weights[inside], kind="stable")]
+    before = float(reached[last - 1]) if last else 0.0
+    stays[inside[: int(np.searchsorted(before + np.cumsum(weights[inside]), top_p * whole)) + 1]] = True
+    return places[stays]
 
 
 def inverse(weights: Doubles, number: float) -> int:

@@ -37,12 +37,19 @@ class Library:
 
 
 def cache_dir() -> Path:
-    """Where libraries are kept: `$UNDERSTUDY_CACHE`, else `~/.cache/understudy` (`$XDG_CACHE_HOME` respected)."""
+    """Where libraries are kept: `$UNDERSTUDY_CACHE`, else `~/.cache/understudy` (`$XDG_CACHE_HOME` respected).
+
+    Raises:
+        BuildError: none of them is set and this user has no home.
+    """
     root = os.environ.get("UNDERSTUDY_CACHE")
     if root:
         return Path(root) / "kernels"
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "understudy" / "kernels"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "understudy" / "kernels"
+    except RuntimeError as error:  # a user without an entry, as in containers, and without $HOME
+        raise BuildError(f"there is no place to keep the kernels: {error}; set UNDERSTUDY_CACHE") from error
 
 
 def find_compiler() -> list[str]:

@@ -45,7 +45,9 @@ def _cuda(dtype: torch.dtype, device: str, kernels: str) -> Ops:
     from workers.kernels.cuda import CudaOps
 
     if kernels == "native":
-        raise ConfigError("kernels: native is for the CPU; a CUDA device has auto and fast")
+        raise ConfigError(
+            "kernels: native is for the CPU; leave it at auto on a CUDA device, or give up exactness with fast"
+        )
     if not torch.cuda.is_available():
         raise ConfigError(f"device: {device!r}, but torch {torch.__version__} sees no CUDA device here")
     return CudaOps(dtype, device, exact=kernels != "fast")

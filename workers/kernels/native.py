@@ -279,7 +279,6 @@ class NativeOps(NativeAttention):
         return y
 
     def argmax(self, logits: Tensor) -> Tensor:
-        """The id of each row's greatest logit, the lowest of equals. [S, V] -> int64 [S]"""
         s, v = logits.shape
         x = _rows(logits)
         ids = torch.empty(s, dtype=torch.int64)

@@ -57,6 +57,8 @@ class KvCache:
 
     def layer_pointer(self, layer: int) -> int:
         """The address of block 0 of a layer."""
+        if not 0 <= layer < self.layers:
+            raise IndexError(f"layer {layer} of a cache with {self.layers} layers")
         return self._base + layer * self.layer_bytes
 
     def read_block(self, layer: int, block: int) -> tuple[Tensor, Tensor]:
@@ -99,6 +101,8 @@ class _Step:
     rows: int
     sequences: int
     width: int
+    last: int  # the largest position
+    rope: tuple[Tensor, Tensor, int] | None = None  # the tables that were checked, and for which head size
 
 
 class NativeAttention:
@@ -142,6 +146,12 @@ class NativeAttention:
                 f"qkv is {qkv.dtype} {tuple(qkv.shape)}; {step.rows} rows of {heads[0]} + 2 * {heads[1]} heads "
                 f"of {dim} in {self.dtype} are wanted"
             )
+        if step.rope is None or step.rope[0] is not cos or step.rope[1] is not sin or step.rope[2] != dim:
+            _check_rope(cos, sin, dim, step.last)
+            step.rope = (cos, sin, dim)
+        for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+            if norm is not None and (norm.shape != (dim,) or norm.dtype != self.dtype or not norm.is_contiguous()):
+                raise ValueError(f"{name} is {norm.dtype} {tuple(norm.shape)}; {self.dtype} ({dim},) is wanted")
         qkv = qkv.contiguous()
         q = torch.empty(step.rows, heads[0], dim, dtype=self.dtype)
         self.lib.attention_write(
@@ -244,12 +254,23 @@ def _check(batch: Batch, group: int) -> _Step:
         raise ValueError(
             f"batch has {rows} positions, {row_seq.numel()} row_seq and row_start up to {int(row_start[-1])}"
         )
-    if rows and int(positions.max()) >= table.shape[1] * BLOCK:
-        raise ValueError(
-            f"batch.positions reach {int(positions.max())}; batch.tables[{group}] ends at {table.shape[1] * BLOCK}"
-        )
+    first, last = (int(x) for x in positions.aminmax()) if rows else (0, -1)
+    if first < 0:
+        raise ValueError(f"batch.positions begin at {first}; they must be 0 or more")
+    if last >= table.shape[1] * BLOCK:
+        raise ValueError(f"batch.positions reach {last}; batch.tables[{group}] ends at {table.shape[1] * BLOCK}")
     table = table.contiguous()
     return _Step(
         batch, group, (*kept, table), positions.data_ptr(), row_start.data_ptr(), row_seq.data_ptr(), table.data_ptr(),
-        rows, sequences, table.shape[1],
+        rows, sequences, table.shape[1], last,
     )  # fmt: skip
+
+
+def _check_rope(cos: Tensor, sin: Tensor, dim: int, last: int) -> None:
+    for name, x in (("cos", cos), ("sin", sin)):
+        if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] * 2 != dim or not x.is_contiguous():
+            raise ValueError(
+                f"{name} is {x.dtype} {tuple(x.shape)}; a contiguous float32 [context, {dim // 2}] is wanted"
+            )
+        if x.shape[0] <= last:
+            raise ValueError(f"{name} has {x.shape[0]} positions; the batch reaches {last}")

@@ -139,5 +139,8 @@ class Ops(Protocol):
         A row at position p sees positions max(0, p - window + 1) .. p. Sums begin at absolute block boundaries.
         """
 
+    def argmax(self, logits: Tensor) -> Tensor:
+        """The id of each row's greatest logit, the lowest of equals; a NaN is the greatest. [S, V] -> int64 [S]"""
+
     def logprobs(self, logits: Tensor) -> Tensor:
         """log_softmax in float32 over the last axis, row by row. [S, V] -> float32 [S, V]"""

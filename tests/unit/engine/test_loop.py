@@ -229,6 +229,21 @@ def test_a_step_that_raises_is_told_to_everybody(caplog):
     assert "the engine failed" in caplog.text
 
 
+def test_a_failure_is_told_by_an_engine_that_has_no_figures_any_more(caplog):
+    class Broken(FakeEngine):
+        def stats(self):
+            raise RuntimeError("no figures")
+
+    inbox, told = Inbox(), []
+    loop = EngineLoop(Broken(), on_error=told.append)
+    with loop.attach(inbox) as session:
+        session.submit(Request("a", [1], 5))
+        assert inbox.until_finished("a")["a"][-1].finish is FinishReason.ERROR
+    assert loop.stop()
+    assert [str(error) for error in told] == ["no figures"]
+    assert "the engine failed" in caplog.text
+
+
 def test_a_step_that_hangs_is_seen_by_its_age():
     gate, clock = Gate(), Clock()
     loop = EngineLoop(FakeEngine(step_s=1, sleep=gate), clock=clock, wedged_after_s=5)

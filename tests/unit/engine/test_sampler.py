@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_runner import PlainLogprobs
+from paged_runner import PlainSamplingOps
 
 from workers.engine import Sampling
 from workers.engine.philox import uniforms
@@ -99,14 +99,30 @@ def test_draws_follow_the_distribution():
 def test_ties_go_to_the_lowest_id():
     logits = torch.tensor([[1.0, 3.0, 3.0, 3.0], [5.0, 5.0, 1.0, 5.0]])
     rows = [Row(Sampling(temperature=0), 0, 0), Row(Sampling(temperature=0.3, top_k=1, seed=9), 0, 0)]
-    assert [c.token for c in Sampler(PlainLogprobs()).choose(logits, rows)] == [1, 0]
+    assert [c.token for c in Sampler(PlainSamplingOps()).choose(logits, rows)] == [1, 0]
     assert largest(np.array([1, 3, 2, 3, 3]), 2).tolist() == [1, 3]
 
 
 def test_barred_tokens_are_not_chosen():
     logits = torch.tensor([[9.0, 1.0, 2.0]] * 2)
     rows = [Row(Sampling(temperature=t), 0, 0, barred=[0]) for t in (0.0, 0.01)]
-    assert [c.token for c in Sampler(PlainLogprobs()).choose(logits, rows)] == [2, 2]
+    assert [c.token for c in Sampler(PlainSamplingOps()).choose(logits, rows)] == [2, 2]
+
+
+def test_a_barred_id_outside_the_vocabulary_bars_nothing():
+    row = Row(Sampling(temperature=0), 0, 0, barred=[2, 3, 1000])
+    (choice,) = Sampler(PlainSamplingOps()).choose(torch.tensor([[1.0, 2.0, 3.0]]), [row])
+    assert (choice.token, choice.error) == (1, "")
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.999])
+def test_a_nucleus_of_many_thousands_is_that_of_the_definition(top_p):
+    logits = np.random.default_rng(3).standard_normal(20_000).astype(np.float32) * 0.5
+    sampling = Sampling(temperature=1.0, top_p=top_p)
+    ids, weights = weigh(logits, sampling)
+    expected = stays(logits, sampling)
+    assert ids.tolist() == list(expected)
+    assert weights.tolist() == list(expected.values())
 
 
 @pytest.mark.parametrize("temperature", [1e-320, 1e-30, 1e-3])
@@ -119,7 +135,7 @@ def test_a_temperature_next_to_zero_is_greedy(temperature):
 def test_logits_that_are_no_numbers_end_only_their_row(value):
     logits = torch.tensor([[1.0, 2.0], [value, 0.0], [4.0, 3.0]])
     rows = [Row(Sampling(temperature=t), 0, 0, logprobs=1) for t in (0.0, 1.0, 0.0)]
-    choices = Sampler(PlainLogprobs()).choose(logits, rows)
+    choices = Sampler(PlainSamplingOps()).choose(logits, rows)
     assert [bool(c.error) for c in choices] == [False, True, False]
     assert str(value) in choices[1].error
     assert [choices[0].token, choices[2].token] == [1, 0]
@@ -128,7 +144,7 @@ def test_logits_that_are_no_numbers_end_only_their_row(value):
 def test_logprobs_are_of_the_raw_logits():
     logits = torch.tensor([[1.0, 2.0, 2.0, -1.0]])
     row = Row(Sampling(temperature=0), 0, 0, barred=[1], logprobs=3)
-    (choice,) = Sampler(PlainLogprobs()).choose(logits, [row])
+    (choice,) = Sampler(PlainSamplingOps()).choose(logits, [row])
     expected = torch.log_softmax(logits[0].double(), -1)
     assert (choice.token, choice.logprob.rank) == (2, 2), "token 1 is as likely and comes first"
     assert choice.logprob.logprob == pytest.approx(float(expected[2]), abs=1e-6)
@@ -137,7 +153,7 @@ def test_logprobs_are_of_the_raw_logits():
 
 
 def test_a_batch_that_is_all_greedy_computes_no_logprobs():
-    class Forbidden:
+    class Forbidden(PlainSamplingOps):
         def logprobs(self, logits: torch.Tensor) -> torch.Tensor:
             raise AssertionError("nobody asked for logprobs")
 
@@ -161,7 +177,7 @@ def test_a_row_does_not_depend_on_its_company(vocab):
         Row(Sampling(1.0, seed=5), 0, 4),
         Row(Sampling(0.01, seed=5), 0, 4, barred=[1]),
     ]
-    sampler = Sampler(PlainLogprobs())
+    sampler = Sampler(PlainSamplingOps())
     together = sampler.choose(logits, rows)
     alone = [sampler.choose(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]
     assert together == alone

@@ -81,6 +81,28 @@ def test_a_forked_child_ends_as_any_other_process() -> None:
     """)
 
 
+def test_the_caller_takes_part_however_many_jobs_there_were() -> None:
+    """A job's number has 32 bits, and the first is close to the last: 300 jobs go beyond it."""
+    run("""
+        run_pieces = lib._ZN10understudy10run_piecesEllPFvPvllES0_
+        run_pieces.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+        meeting, seen = threading.Barrier(2), []
+
+        @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_long, ctypes.c_long)
+        def meet(context, begin, end):
+            try:
+                meeting.wait(20)  # a piece ends when the other one has begun, in another thread
+                seen.append(begin)
+            except threading.BrokenBarrierError:
+                pass
+
+        for job in range(300):
+            run_pieces(2, 1, meet, None)
+            assert sorted(seen) == [0, 1], f"job {job}"
+            seen.clear()
+    """)
+
+
 def test_threads_that_sleep_wake_up() -> None:
     run("""
         lib.understudy_set_spin.argtypes = [ctypes.c_double]

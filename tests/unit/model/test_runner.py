@@ -13,7 +13,7 @@ from tiny_checkpoint import tensors, write
 from understudy.errors import ConfigError
 from workers.engine.contract import EngineConfig
 from workers.engine.plan import Chunk, StepPlan
-from workers.engine.runner import Runner, cache_size
+from workers.engine.runner import Runner, cache_size, left_in_group
 from workers.kernels.plain import PlainOps
 from workers.model.spec import read_spec
 from workers.model.weights import Checkpoint, Part
@@ -102,6 +102,18 @@ def test_the_default_cache(tmp_path: Path, memory: int, context: int, blocks: in
     """64 full contexts of 4 blocks of 2 KiB, or a quarter of a memory too small for one."""
     config = EngineConfig(model_dir=str(write(tmp_path)), kernels="plain")
     assert cache_size(read_spec(tmp_path), PlainOps(torch.float32), config, memory) == (context, blocks)
+
+
+def test_cached_pages_of_files_are_free_memory(tmp_path: Path) -> None:
+    assert left_in_group(tmp_path) is None
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert left_in_group(tmp_path) is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.stat").write_text("anon 200\nfile 700\ninactive_file 600\nactive_file 50\nshmem 50\n")
+    assert left_in_group(tmp_path) == 750
+    (tmp_path / "memory.current").write_text("2000\n")
+    assert left_in_group(tmp_path) == 0
 
 
 def test_a_machine_without_memory_is_told_what_is_missing(tmp_path: Path) -> None:

@@ -51,12 +51,16 @@ template <> float lowest<float>() { return -std::numeric_limits<float>::infinity
 template <> bf16 lowest<bf16>() { return bf16{0xFF80}; }
 template <> fp16 lowest<fp16>() { return fp16{0xFC00}; }
 
+float largest(floats v) {
+    float lanes[LANES];
+    std::memcpy(lanes, &v, 64);
+    return *std::max_element(lanes, lanes + LANES);
+}
+
 template <class T> float row_max(const T *x, long n) {
     floats best = splat(lowest<float>());
     for (long i = 0; i < n; i += LANES) best = vmax(load(x + i, n - i, lowest<T>()), best);
-    float lanes[LANES];
-    std::memcpy(lanes, &best, 64);
-    return *std::max_element(lanes, lanes + LANES);
+    return largest(best);
 }
 
 // Sum of e^(x - shift).
@@ -110,15 +114,38 @@ template <class T> void log_softmax(const T *logits, long stride, float *out, lo
     });
 }
 
-template <class T> std::int64_t first_max(const T *x, long n) {
-    const float best = row_max(x, n);
-    for (long i = 0; i < n; i += LANES) {
+// The first place in [from, n) whose value equals `wanted`; of a NaN, the first NaN.
+template <class T> std::int64_t find(const T *x, long from, long n, float wanted) {
+    for (long i = from; i < n; i += LANES) {
         float lanes[LANES];
         store(lanes, load(x + i, n - i));
         for (long j = 0; j < std::min<long>(LANES, n - i); j++)
-            if (lanes[j] == best) return i + j;
+            if (lanes[j] == wanted || (lanes[j] != lanes[j] && wanted != wanted)) return i + j;
     }
-    return 0;
+    return from;
+}
+
+// Reads the row once, a stretch at a time, then looks only into the first stretch that holds the greatest value.
+template <class T> std::int64_t first_max(const T *x, long n) {
+    constexpr long STRETCH = 4096;
+    float best = -std::numeric_limits<float>::infinity();
+    long place = 0;
+    for (long from = 0; from < n; from += STRETCH) {
+        const long end = std::min(from + STRETCH, n);
+        floats top[2] = {splat(lowest<float>()), splat(lowest<float>())}, odd = splat(0.0f);
+        for (long i = from; i < end; i += LANES) {
+            const floats v = load(x + i, end - i, lowest<T>());
+            top[i / LANES % 2] = vmax(v, top[i / LANES % 2]);
+            odd = select(v == v, odd, v);
+        }
+        const float nan = sum(odd), most = largest(vmax(top[0], top[1]));
+        if (nan != nan) return find(x, from, end, nan);
+        if (most > best) {
+            best = most;
+            place = from;
+        }
+    }
+    return find(x, place, n, best);
 }
 
 }  // namespace
@@ -195,7 +222,7 @@ extern "C" void understudy_logprobs(int dtype, const void *logits, long stride, 
     by_dtype(dtype, [&](auto type) { log_softmax(static_cast<const decltype(type) *>(logits), stride, out, rows, n); });
 }
 
-// The place of each row's greatest value, the first of equals. NaN is never greatest.
+// The place of each row's greatest value, the first of equals. A NaN is greater than any number.
 extern "C" void understudy_argmax(int dtype, const void *logits, long stride, std::int64_t *out, long rows, long n) {
     by_dtype(dtype, [&](auto type) {
         using T = decltype(type);

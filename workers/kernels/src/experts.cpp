@@ -58,6 +58,7 @@ template <class T>
 bool run(const Experts &experts, const void *x, long x_stride, void *y, long y_stride, const std::int32_t *ids, const float *weights, long t, long k) {
     const Linear &first = *experts.gate[0];
     const long h = first.k, f = first.n, slots = t * k;
+    if (slots == 0) return true;
     thread_local Workspace workspace;
     const long row_h = h * static_cast<long>(sizeof(T)), row_f = f * static_cast<long>(sizeof(T));
     const auto padded = [](long bytes) { return (bytes + 63) / 64 * 64; };

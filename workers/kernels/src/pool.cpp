@@ -57,7 +57,7 @@ class Pool {
         piece_ = piece, context_ = context, n_ = n, grain_ = grain, pieces_ = pieces;
         pending_.store(pieces, std::memory_order_relaxed);
         generation_ += 1;
-        claims_.store(generation_ << 32 | static_cast<std::uint64_t>(pieces));  // publishes the fields above
+        claims_.store(std::uint64_t{generation_} << 32 | static_cast<std::uint64_t>(pieces));  // publishes the fields above
         if (sleepers_.load() > 0) {
             { std::lock_guard<std::mutex> lock(sleep_); }
             wake_.notify_all();
@@ -107,7 +107,7 @@ class Pool {
 
     // Takes and runs one piece of that job; false when none is left. `claims_` holds the job's number and its pieces not yet taken: a
     // claim that succeeds proves that the job is still open, so its fields may be read after it.
-    bool work(std::uint64_t generation) {
+    bool work(std::uint32_t generation) {
         std::uint64_t seen = claims_.load(std::memory_order_acquire);
         do {
             if (seen >> 32 != generation || (seen & UINT32_MAX) == 0) return false;
@@ -123,7 +123,7 @@ class Pool {
 
     void loop() {
         while (!stopping_.load()) {
-            const std::uint64_t job = claims_.load(std::memory_order_acquire) >> 32;
+            const auto job = static_cast<std::uint32_t>(claims_.load(std::memory_order_acquire) >> 32);
             while (work(job)) {}
             if (spin()) continue;
             std::unique_lock<std::mutex> lock(sleep_);
@@ -150,7 +150,7 @@ class Pool {
     alignas(64) Piece piece_ = nullptr;
     void *context_ = nullptr;
     long n_ = 0, grain_ = 1, pieces_ = 0;
-    std::uint64_t generation_ = 0;
+    std::uint32_t generation_ = UINT32_MAX - 100;  // of the job; goes round after days of work, and so that tests see it, at first early
     std::atomic<int> count_;
     std::atomic<std::int64_t> spin_ns_;
     std::atomic<int> sleepers_{0};
