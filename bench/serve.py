@@ -321,6 +321,7 @@ def main() -> None:
     parser.add_argument("--child", choices=("engine", "clients"), help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the service is taken down, too
     if arguments.child == "engine":
         engine_child(arguments.checkpoint, arguments.threads, arguments.fake)
     elif arguments.child == "clients":

@@ -9,6 +9,7 @@ from cluster import gateway, replica
 from cluster.directory import Directory, create
 from cluster.plan import Plan, serve_logging
 from router.actor import remove
+from understudy.errors import InternalError
 
 APPLICATION = "understudy"
 log = logging.getLogger(__name__)
@@ -28,10 +29,23 @@ def start_serve(plan: Plan) -> Directory:
 
 
 def deploy(plan: Plan) -> None:
-    """Returns when every replica has started or failed for good. Raises RuntimeError when Serve gives up."""
+    """Hands the application to Serve and does not wait for it: no thread may ask Ray anything once Ray is shut down."""
     from ray import serve
 
-    serve.run(build(plan), name=APPLICATION, route_prefix=None)
+    serve.run_many(
+        [serve.RunTarget(build(plan), name=APPLICATION, route_prefix=None)],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
+
+
+def check() -> None:
+    """Raises InternalError when Serve has given the application up."""
+    from ray import serve
+
+    status = serve.status().applications.get(APPLICATION)
+    if status is not None and status.status == "DEPLOY_FAILED":
+        raise InternalError(f"Serve could not start the application: {status.message}")
 
 
 def take_down(plan: Plan) -> None:
@@ -47,4 +61,5 @@ def take_down(plan: Plan) -> None:
             serve.shutdown()  # type: ignore[no-untyped-call]
     except (ServeException, RayError) as error:  # it is gone already, or not yet there
         log.warning("Serve could not delete the application: %s", error)
-    remove(plan.gateway.namespace)
+    finally:  # also where somebody does not want to wait any longer
+        remove(plan.gateway.namespace)

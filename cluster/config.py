@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import re
+import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -56,6 +57,18 @@ def _device(value: str) -> str:
     return value
 
 
+def _model_name(value: str) -> str:
+    if not 0 < len(value) <= 128 or not value.isprintable() or any(c.isspace() for c in value):
+        raise ValueError("is not a name; write NAME=DIR with at most 128 printable characters and no spaces")
+    return value
+
+
+def _absolute(value: Path) -> Path:
+    """Whoever reads the file may work in another directory."""
+    return value.expanduser().absolute()
+
+
+FilePath = Annotated[Path, AfterValidator(_absolute)]
 Size = Annotated[int, Field(ge=1 << 20), BeforeValidator(parse_size)]
 Replicas = Annotated[int, Field(ge=1, le=1000), BeforeValidator(_fixed_replicas)]
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -80,13 +93,7 @@ class _Sizes(BaseModel):
 class ModelConfig(_Sizes):
     """One model to serve: a checkpoint's directory, the name that clients use, and its sizes."""
 
-    name: str
-    path: Path
-
-
-class _Section(_Sizes):
-    """A model's section in the file."""
-
+    name: Annotated[str, AfterValidator(_model_name)]
     path: Path
 
 
@@ -104,10 +111,10 @@ class ServiceConfig(BaseModel):
     gateways: Annotated[int, Field(ge=1, le=256)] = 1
     admin_port: Port = 50052
     metrics_port: Port = 9464
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    tls_client_ca: Path | None = None
-    tokens: Path | None = None
+    tls_cert: FilePath | None = None
+    tls_key: FilePath | None = None
+    tls_client_ca: FilePath | None = None
+    tokens: FilePath | None = None
     drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
     heartbeat_timeout: Annotated[float, Field(ge=0.5, le=600)] = 2.0
     ray_address: str | None = None
@@ -152,16 +159,14 @@ def load(
 
 def bundled_model() -> Path:
     """The checkpoint that comes along: beside the rooms in a clone, under `share/` where installed."""
-    import sys
-
-    places = (
-        Path(__file__).resolve().parent.parent / "models" / "demo",
-        Path(sys.prefix) / "share" / "understudy" / "models" / "demo",
-    )
+    schemes = [sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user")]  # `pip install --user`
+    data = [Path(sysconfig.get_path("data", scheme)) / "share" / "understudy" for scheme in schemes]
+    places = [root / "models" / "demo" for root in (Path(__file__).resolve().parent.parent, *data)]
     for place in places:
         if (place / "config.json").is_file():
             return place
-    raise ConfigError(f"--model: not given, and the bundled model is not at {places[0]}; name a checkpoint's directory")
+    looked = " nor at ".join(map(str, dict.fromkeys(places)))
+    raise ConfigError(f"--model: not given, and the bundled model is not at {looked}; name a checkpoint's directory")
 
 
 def _known(key: str, keys: Sequence[str], shown: str, value: object) -> None:
@@ -175,11 +180,13 @@ def _known(key: str, keys: Sequence[str], shown: str, value: object) -> None:
 def _from_environment(environ: Mapping[str, str], notes: list[str]) -> dict[str, object]:
     found: dict[str, object] = {}
     for name in sorted(environ):
-        if not name.startswith(ENV_PREFIX) or _FOREIGN_ENV.match(name):
+        if not name.startswith(ENV_PREFIX):
             continue
         if "://" in environ[name] and name == ENV_PREFIX + "PORT":
             continue  # Kubernetes' link to a Service of that name, not a port of ours
         key = name[len(ENV_PREFIX) :].lower()
+        if key not in _KEYS and _FOREIGN_ENV.match(name):
+            continue
         if key in _KEYS:
             value = environ[name]
             found[key] = [v for v in value.split(",") if v] if key == "model" else value
@@ -258,8 +265,9 @@ def _models(
 
 
 def _name_and_path(entry: str, where: str) -> tuple[str, Path]:
+    """`DIR` or `NAME=DIR`; a directory that is there may have an equals sign in its own name."""
     name, found, rest = entry.partition("=")
-    if not found:
+    if not found or Path(entry).expanduser().is_dir():
         path = Path(entry)
         return path.expanduser().resolve().name, path
     if not name or not rest:

@@ -24,7 +24,7 @@ from router.models import ServedModel
 from router.server import GatewayConfig, address
 from router.state import ReplicaView
 from router.validate import validate
-from understudy.errors import ConfigError, Overloaded, Unavailable, UnderstudyError
+from understudy.errors import ConfigError, DeadlineExceeded, Overloaded, Unavailable, UnderstudyError
 from understudy.v1 import inference_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ class GatewayApp:
         try:
             for name in sorted(names):
                 await self._one_token(name)
-        except (Unavailable, Overloaded) as error:
+        except (Unavailable, Overloaded, DeadlineExceeded) as error:  # a gateway that joins a busy service waits, too
             log.info("no token yet: %s", error)
             return
         except UnderstudyError as error:
@@ -182,7 +182,7 @@ class GatewayApp:
 
     def _serve_metrics(self) -> None:
         first = self._plan.config.metrics_port
-        for port in range(first, first + max(4, self._plan.config.gateways)):
+        for port in range(first, min(first + max(4, self._plan.config.gateways), 1 << 16)):
             with contextlib.suppress(OSError):
                 self._metrics_server, _ = start_http_server(port, _ADMIN_HOST, self._gateway.metrics.registry)
                 log.info("metrics on port %d", port)

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from cluster import undertaker
+from understudy.errors import ConfigError
 
 NAMESPACE = "understudy"
 _PREFIX = "understudy-"
@@ -72,14 +73,23 @@ class LocalRay:
         # A call that comes after the end must fail: by default Ray would start another cluster for it.
         os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
         os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"
+        # Ray would make its workers nicer than everything else on the machine: any other process would slow answers.
+        os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 def join(address: str, verbose: bool) -> None:
-    """Becomes a driver of a running cluster. Raises ConnectionError where there is none."""
+    """Becomes a driver of a running cluster. Raises ConfigError where there is none."""
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
     import ray
 
-    ray.init(address=address, namespace=NAMESPACE, **_logging(verbose))
+    try:
+        ray.init(address=address, namespace=NAMESPACE, **_logging(verbose))
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        why = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"--ray-address = {address!r}: no Ray cluster can be joined there: {why}; start one with "
+            "`ray start --head`, or leave the flag out for one of our own"
+        ) from error
 
 
 def _logging(verbose: bool) -> dict[str, Any]:

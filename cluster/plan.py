@@ -27,7 +27,7 @@ class ReplicaPlan:
     model: str
     engine: EngineConfig
     replicas: int
-    secret: str
+    secret: str = field(repr=False)
     leader_cpus: float
     leader_gpus: float
     drain_s: float
@@ -46,7 +46,7 @@ class GatewayPlan:
     config: ServiceConfig
     files: dict[str, dict[str, bytes]]
     wanted: dict[str, int]
-    secret: str
+    secret: str = field(repr=False)
     logs: str | None = None
     started: float = field(default_factory=time.time)  # of the clock on the wall
     namespace: str = NAMESPACE

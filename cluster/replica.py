@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from functools import partial
 from typing import Any
 
@@ -131,7 +132,7 @@ def deployment(plan: ReplicaPlan) -> Any:
 
     made: Any = serve.deployment(
         Replica,
-        name=f"replica-{plan.model}",
+        name="replica-" + re.sub(r"[^\w.-]", "-", plan.model),  # becomes part of file names
         num_replicas=plan.replicas,
         ray_actor_options={"num_cpus": SUPERVISOR_CPUS},
         health_check_period_s=0.5,

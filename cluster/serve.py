@@ -26,8 +26,9 @@ from cluster.local import LocalRay, join
 from cluster.logs import configure
 from cluster.plan import Plan, machine_cpus, make_plan, reachable_host
 from cluster.roster import Member
+from router.interceptors import Tokens
 from router.server import address, probe_port
-from understudy.errors import FROM_KIND, InternalError, UnderstudyError
+from understudy.errors import FROM_KIND, ConfigError, InternalError, UnderstudyError
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def run(config: ServiceConfig, console: Console) -> int:
     config = with_free_ports(config)
     for note in config.notes:
         console.say(f"warning: {note}")
-    check_checkpoints(config)
+    check_files(config)
     logs = new_log_directory()
     plan = make_plan(config, machine_cpus(), logs / "serve")
     signals = Signals()
@@ -55,10 +56,10 @@ def run(config: ServiceConfig, console: Console) -> int:
         configure(logging.DEBUG if config.verbose else logging.INFO)
         if not config.verbose:
             console.say(f"logs: {logs}")
-        try:
+        with suppress(Stopped):
             _serve(plan, logs, console, signals)
-        except Stopped:
-            return 0
+        console.done()
+        console.say("understudy: stopped")
     return 0
 
 
@@ -80,8 +81,6 @@ def _serve(plan: Plan, logs: Path, console: Console, signals: Signals) -> None:
         console.stage("draining")
         with suppress(Stopped):  # a second signal: no more patience
             app.take_down(plan)
-    console.done()
-    console.say("understudy: stopped")
 
 
 @contextmanager
@@ -100,7 +99,10 @@ def _ray(config: ServiceConfig, logs: Path, console: Console, signals: Signals) 
     console.stage("starting Ray")
     local = LocalRay(logs)
     try:
-        local.start(max(4, machine_cpus()), config.verbose)
+        try:
+            local.start(max(4, machine_cpus()), config.verbose)
+        except SystemExit:  # how Ray answers SIGTERM until our handlers are back
+            raise Stopped from None
         yield
     finally:
         signals.ignore()
@@ -109,27 +111,19 @@ def _ray(config: ServiceConfig, logs: Path, console: Console, signals: Signals) 
 
 def _start(plan: Plan, directory: Directory, console: Console, signals: Signals) -> None:
     """Deploys and waits until a token can be had. Raises UnderstudyError where that will not come."""
-    problem: list[BaseException] = []
-
-    def deploy() -> None:
-        try:
-            app.deploy(plan)
-        except BaseException as error:  # told to the thread that waits
-            problem.append(error)
-
-    threading.Thread(target=deploy, name="deploy", daemon=True).start()
+    app.deploy(plan)
     while True:
         signals.check()
-        if problem:
-            raise InternalError(f"Serve could not start the application: {problem[0]}") from problem[0]
         try:
             members = directory.members_now()
         except ConnectionError as error:  # the machine is busy, or the router is being started again
             log.warning("%s", error)
+            time.sleep(_POLL_S)
             continue
         raise_failure(members)
         if all_ready(members, plan):
             break
+        app.check()
         console.stage(*progress_of(members))
         time.sleep(_POLL_S)
     config = plan.gateway.config
@@ -216,26 +210,38 @@ def with_free_ports(config: ServiceConfig) -> ServiceConfig:
 
 
 def free_port(host: str) -> int:
-    """A port that nobody listens on."""
+    """A port that nobody listens on. Raises ConfigError where `host` is no address of this machine."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    try:
+        with socket.socket(family) as probe:
+            probe.bind((host, 0))
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise ConfigError(
+            f"--host = {host!r}: cannot listen there: {error}; give an address of this machine"
+        ) from error
 
 
-def check_checkpoints(config: ServiceConfig) -> None:
-    """What can be known of a checkpoint before anything is started. Raises CheckpointError."""
+def check_files(config: ServiceConfig) -> None:
+    """What can be known of files before anything is started. Raises CheckpointError, ConfigError."""
     from workers.model.spec import read_spec
 
     for model in config.models:
         read_spec(model.path)
+    if config.tokens is not None:
+        Tokens.read(config.tokens)
 
 
 def new_log_directory() -> Path:
-    """A directory for this run's logs; of older runs the latest few are kept."""
+    """A directory for this run's logs; of older runs the latest few are kept. Raises ConfigError."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "understudy" / "logs"
     directory = root / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    directory.mkdir(parents=True)
+    try:
+        directory.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            f"logs cannot be written to {root}: {error.strerror}; set XDG_CACHE_HOME to a directory that can be written"
+        ) from error
     for old in sorted(p for p in root.iterdir() if p.is_dir())[:-_KEPT_RUNS]:
         shutil.rmtree(old, ignore_errors=True)
     return directory

@@ -138,25 +138,30 @@ class Supervisor:
     async def leave(self, drain_s: float) -> bool:
         """Takes nothing new, lets streams end for up to `drain_s` seconds, stops the leader. True when all ended."""
         leader, self._leader = self._leader, None
-        ended = True
-        if leader is not None and not self._lost:
+        try:
+            return leader is None or bool(self._lost) or await self._drain(leader, drain_s)
+        finally:
+            if leader is not None:
+                leader.kill()
             with suppress(ConnectionError):
-                draining = asyncio.ensure_future(leader.drain(drain_s))
-                while not draining.done():
-                    await asyncio.wait([draining], timeout=self._beat_s)
-                    self.report = await leader.report()
-                    await self._announce()
-                ended = draining.result()
-                await leader.stop()
-        if leader is not None:
-            leader.kill()
-        with suppress(ConnectionError):
-            await self._router.leave(self._holder, self.claim)
-        return ended
+                await self._router.leave(self._holder, self.claim)
 
     @property
     def _resigned(self) -> bool:
         return self.report is not None and self.report.error_kind in PERMANENT
+
+    async def _drain(self, leader: LeaderPort, seconds: float) -> bool:
+        """Whether all streams ended; those of a leader that is gone have."""
+        ended = True
+        with suppress(ConnectionError):
+            draining = asyncio.ensure_future(leader.drain(seconds))
+            while not draining.done():
+                await asyncio.wait([draining], timeout=self._beat_s)
+                self.report = await leader.report()
+                await self._announce()
+            ended = draining.result()
+            await leader.stop()
+        return ended
 
     async def _claim_place(self) -> Claim:
         """A router that has just been started may take a while to answer. Raises ConnectionError after `silence_s`."""

@@ -38,7 +38,6 @@ _METHOD = "Stream"
 _PATH = f"/{_SERVICE}/{_METHOD}"
 _SECRET = "understudy-secret"
 _GATEWAY = "understudy-gateway"
-_UNSENT_MAX = 20_000  # messages; a gateway this far behind does not read any more
 _down = msgspec.msgpack.Decoder(list[Down])
 _up = msgspec.msgpack.Decoder(list[Up])
 _OPTIONS = [
@@ -57,9 +56,6 @@ class _Outbox:
         self._waiting: deque[Any] = deque()
         self._ready = asyncio.Event()
 
-    def __len__(self) -> int:
-        return len(self._waiting)
-
     def put(self, message: Any) -> None:
         self._waiting.append(message)
         self._ready.set()
@@ -75,7 +71,8 @@ class _Outbox:
         """All that waits, as soon as there is something; nothing after `timeout_s` seconds."""
         if not self._waiting:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._ready.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._ready.wait()
         self._ready.clear()
         taken = list(self._waiting)
         self._waiting.clear()
@@ -119,8 +116,14 @@ class _Stream:
                 pass
 
     async def write(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
-        """Until `read` has ended, the lease ends, or the gateway stops reading. The only one that touches `context`:
-        gRPC refuses two operations at once."""
+        """Until `read` has ended, the lease ends, or the gateway has read nothing for as long. The only one that
+        touches `context`: gRPC refuses two operations at once."""
+        try:
+            await self._write(context)
+        except TimeoutError:  # what it has not read bounds what waits here
+            log.warning("gateway %s has not read for %g s: its session is closed", self.gateway, self._server.lease_s)
+
+    async def _write(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         server = self._server
         await context.write(encode([Hello(server.replica, server.epoch, server.loop.info)]))
         next_beat = server.clock()
@@ -133,14 +136,13 @@ class _Stream:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, self._fault)
             if now - self._heard > server.lease_s:
                 await context.abort(grpc.StatusCode.ABORTED, f"no ping for {server.lease_s:g} s: the session is closed")
-            if len(self._outbox) > _UNSENT_MAX:
-                await context.abort(grpc.StatusCode.ABORTED, "the gateway does not read: the session is closed")
             if now >= next_beat:
                 next_beat = now + server.beat_s
                 if not server.loop.wedged:  # a wedged engine is silent, so that gateways go elsewhere
                     messages.append(Beat(server.epoch, server.loop.stats()))
             if messages:
-                await context.write(encode(messages))
+                async with asyncio.timeout(server.lease_s):
+                    await context.write(encode(messages))
 
     def close(self) -> None:
         self._session.close()
@@ -158,7 +160,7 @@ class LeaderServer:
     """Serves one engine loop to gateways. Lives on the event loop that `start` runs on.
 
     `host` is the address it listens on and is reached by; the port is a free one. `secret` is what both ends of a
-    cluster know. `lease_s` and `beat_s` are seconds of `clock`.
+    cluster know. `lease_s` and `beat_s` are seconds of `clock`; how long a write may take is told by the event loop's.
     """
 
     def __init__(

@@ -9,8 +9,9 @@ from grpc_reflection.v1alpha import reflection
 
 from router.interceptors import CallInterceptor, Tokens
 from router.metrics import Metrics
-from router.server import GatewayConfig, bind, server_options
+from router.server import GatewayConfig, bind, probe_port, server_options
 from router.state import ReplicaView, State
+from understudy.errors import Unavailable
 from understudy.v1 import admin_pb2 as pb
 from understudy.v1 import admin_pb2_grpc
 
@@ -64,7 +65,10 @@ class AdminService:
 
     async def GetStatus(self, _request: pb.GetStatusRequest, _context: Any) -> pb.GetStatusResponse:
         """A snapshot of models, replicas, processes and caches."""
-        return await self._source.status()
+        try:
+            return await self._source.status()
+        except ConnectionError as error:
+            raise Unavailable(f"{error}; try again shortly") from error
 
 
 class AdminServer:
@@ -78,6 +82,7 @@ class AdminServer:
 
     async def start(self) -> int:
         """Listens; the port. Raises ConfigError."""
+        probe_port(self._config.host, self._config.port)  # before a server is made: some ask often
         tokens = Tokens.read(self._config.tokens) if self._config.tokens is not None else None
         interceptor = CallInterceptor(Metrics(), tokens, self._config.max_message_bytes)
         server: Any = grpc.aio.server(interceptors=[interceptor], options=server_options(self._config))

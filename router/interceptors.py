@@ -6,7 +6,6 @@ import asyncio
 import contextvars
 import hashlib
 import hmac
-import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -16,23 +15,13 @@ from typing import Any
 
 import grpc
 import structlog
-from google.protobuf import any_pb2, duration_pb2
-from google.protobuf.message import DecodeError, Message
-from google.rpc import code_pb2, error_details_pb2, status_pb2
+from google.protobuf.message import DecodeError
 
 from router.metrics import Metrics
 from router.validate import valid_request_id
-from understudy.errors import (
-    ConfigError,
-    InternalError,
-    InvalidRequest,
-    Overloaded,
-    Unauthenticated,
-    UnderstudyError,
-)
+from understudy._status import clipped, to_status
+from understudy.errors import ConfigError, InternalError, InvalidRequest, Unauthenticated, UnderstudyError
 
-DOMAIN = "understudy"
-MAX_DETAIL = 1000  # bytes of an error's message: statuses travel in headers, and 8 KiB is all that those may have
 # An identity belongs to calls that touch models; probes bring none.
 _OPEN_SERVICES = ("/grpc.health.v1.Health/",)
 _OWN_SERVICES = "/understudy.v1."
@@ -99,37 +88,10 @@ class Tokens:
         return found
 
 
-def status_of(error: UnderstudyError, request_id: str) -> status_pb2.Status:
-    """The error as google.rpc.Status, with ErrorInfo and what its kind adds."""
-    message = _clipped(error.args[0] if error.args else error.message)
-    details: list[Message] = [
-        error_details_pb2.ErrorInfo(reason=error.kind, domain=DOMAIN, metadata={"request_id": request_id})
-    ]
-    if isinstance(error, InvalidRequest) and error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
-        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if isinstance(error, Overloaded):
-        nanos = math.ceil(error.retry_after_s * 1e9)
-        delay = duration_pb2.Duration(seconds=nanos // 10**9, nanos=nanos % 10**9)
-        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    packed = []
-    for detail in details:
-        any_ = any_pb2.Any()
-        any_.Pack(detail)
-        packed.append(any_)
-    return status_pb2.Status(code=code_pb2.Code.Value(error.code), message=message, details=packed)
-
-
-def _clipped(message: str) -> str:
-    data = message.encode("utf-8", "replace")
-    return message if len(data) <= MAX_DETAIL else data[:MAX_DETAIL].decode("utf-8", "ignore") + "..."
-
-
 async def abort(context: Any, error: UnderstudyError, request_id: str) -> None:
     """Ends the call with the error. Always raises."""
-    status = status_of(error, request_id)
-    trailing = (("grpc-status-details-bin", status.SerializeToString()), ("x-request-id", request_id))
-    await context.abort(getattr(grpc.StatusCode, error.code), status.message, trailing)
+    code, message, trailing = to_status(error, request_id)
+    await context.abort(code, message, (*trailing, ("x-request-id", request_id)))
 
 
 Handler = Callable[[Any, Any], Awaitable[Any]]
@@ -208,7 +170,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 return result
             except UnderstudyError as error:
                 outcome = error.kind
-                call.notes["error"] = _clipped(str(error))
+                call.notes["error"] = clipped(error.message)
                 await abort(context, error, call.request_id)
             except asyncio.CancelledError:
                 outcome = "CANCELLED"

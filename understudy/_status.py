@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ from understudy.errors import UnderstudyError
 
 DETAILS_KEY = "grpc-status-details-bin"
 DOMAIN = "understudy"
+MAX_MESSAGE = 1000  # bytes: statuses travel in headers, and 8 KiB is all that those may have
 
 # A status that carries no word of ours came from gRPC itself, from a proxy, or from another server.
 _FROM_CODE: dict[grpc.StatusCode, type[UnderstudyError]] = {
@@ -109,16 +111,29 @@ def _unpack(status: status_pb2.Status) -> tuple[str, str, float | None]:
     return reason, field, retry_after_s
 
 
-def to_status(error: UnderstudyError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
-    """(code, message, trailing metadata) with which a server ends a call, so that `from_status` gives the error."""
+def to_status(
+    error: UnderstudyError, request_id: str = ""
+) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
+    """(code, message, trailing metadata) with which a server ends a call, so that `from_status` gives the error.
+
+    A message of more than `MAX_MESSAGE` bytes is cut. `request_id` finds the call in the server's log.
+    """
     code: grpc.StatusCode = getattr(grpc.StatusCode, error.code)
-    status = status_pb2.Status(code=code.value[0], message=error.message)
-    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.kind, domain=DOMAIN))
+    message = clipped(error.message)
+    status = status_pb2.Status(code=code.value[0], message=message)
+    about = {"request_id": request_id} if request_id else {}
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.kind, domain=DOMAIN, metadata=about))
     if isinstance(error, errors.InvalidRequest) and error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, errors.Overloaded):
         delay = duration_pb2.Duration()
-        delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        delay.FromMilliseconds(math.ceil(error.retry_after_s * 1000))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
-    return code, error.message, ((DETAILS_KEY, status.SerializeToString()),)
+    return code, message, ((DETAILS_KEY, status.SerializeToString()),)
+
+
+def clipped(message: str) -> str:
+    """The message's first `MAX_MESSAGE` bytes of UTF-8."""
+    data = message.encode("utf-8", "replace")
+    return message if len(data) <= MAX_MESSAGE else data[:MAX_MESSAGE].decode("utf-8", "ignore") + "..."

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 from service_process import TOKEN, UNDERSTUDY, Service, idle, until
 
@@ -99,6 +100,11 @@ def test_status_tells_operators_what_stands_where(service: Service) -> None:
     assert roles.count("shard") == roles.count("replica") == len(replicas)
     ours = {p.pid for p in service.processes()}
     assert {p["pid"] for p in status["processes"]} <= ours
+
+
+def test_its_processes_yield_to_nobody(service: Service) -> None:
+    """Ray makes workers nicer than the rest of the machine unless it is told not to."""
+    assert {p.nice() for p in service.processes()} == {psutil.Process(service.process.pid).nice()}
 
 
 def test_metrics_of_gateways_and_replicas(service: Service) -> None:

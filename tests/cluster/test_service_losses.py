@@ -148,6 +148,19 @@ def test_a_killed_service_leaves_no_process(tmp_path: Path, text_model: Path) ->
         until(lambda: not directory.exists())
 
 
+def test_a_second_signal_does_not_wait_and_leaves_no_process(tmp_path: Path, text_model: Path) -> None:
+    with running(tmp_path, ["--model", str(text_model), "--engine", "fake"]) as service:
+        service.wait_until_ready()
+        started = service.processes()
+        service.process.send_signal(signal.SIGINT)
+        assert service.process.stdout is not None
+        until(lambda: "draining" in service.process.stdout.readline())  # type: ignore[union-attr]
+        service.process.send_signal(signal.SIGINT)
+        assert service.process.wait(60) == 0
+        assert [p for p in started if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+        assert not service.directory.exists()
+
+
 def test_a_damaged_checkpoint_ends_the_service_with_one_line(tmp_path: Path, text_model: Path) -> None:
     damaged = tmp_path / "damaged"
     damaged.mkdir()

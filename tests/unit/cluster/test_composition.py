@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import pickle
+import signal
 import socket
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from cluster.admin import describe
 from cluster.config import ServiceConfig, load
+from cluster.console import Console
+from cluster.local import join
 from cluster.metrics import ReplicaMetrics
 from cluster.plan import make_plan, unpack
 from cluster.roster import Claim, Member, ProcessInfo
-from cluster.serve import all_ready, example, first_token, progress_of, raise_failure, with_free_ports
+from cluster.serve import (
+    Signals,
+    Stopped,
+    _ray,
+    all_ready,
+    check_files,
+    example,
+    first_token,
+    new_log_directory,
+    progress_of,
+    raise_failure,
+    with_free_ports,
+)
 from router.state import ReplicaView, State
 from understudy.errors import CheckpointError, ConfigError, InternalError
 from understudy.v1 import admin_pb2 as pb
@@ -107,6 +123,71 @@ def test_a_taken_port_is_named_by_its_flag(checkpoint: Path) -> None:
                 with_free_ports(load({"model": [str(checkpoint)], "port": 0, "admin_port": 0, flag: port}))
     free = with_free_ports(load({"model": [str(checkpoint)], "port": 0, "admin_port": 0, "metrics_port": 0}))
     assert len({free.port, free.admin_port, free.metrics_port} - {0}) == 3
+
+
+def test_a_host_that_is_not_ours_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    config = load({"model": [str(checkpoint)], "port": 0, "admin_port": 0, "metrics_port": 0})
+    for host in ("192.0.2.1", "2001:db8::1", "no-such-host.invalid"):
+        with pytest.raises(ConfigError, match=f"--host = '{host}': cannot listen there"):
+            with_free_ports(config.model_copy(update={"host": host}))
+
+
+def test_files_are_looked_at_before_anything_starts(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.model.spec.read_spec", lambda _: None)
+    tokens = tmp_path / "tokens"
+    tokens.write_text("secret\n")
+    with pytest.raises(ConfigError, match="line 1: has 1 words") as caught:
+        check_files(load({"model": [str(checkpoint)], "tokens": tokens}))
+    assert "secret" not in caught.value.message
+
+
+def test_a_place_for_logs_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"logs cannot be written to .*XDG_CACHE_HOME"):
+        new_log_directory()
+
+
+def test_a_signal_while_ray_starts_is_a_stop(config: ServiceConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray takes SIGTERM for itself meanwhile and answers it with SystemExit(15)."""
+    ended: list[str] = []
+
+    class Interrupted:
+        def __init__(self, _logs: Path) -> None: ...
+
+        def start(self, _cpus: int, _verbose: bool) -> None:
+            raise SystemExit(15)
+
+        def stop(self) -> None:
+            ended.append("stop")
+
+    monkeypatch.setattr("cluster.serve.LocalRay", Interrupted)
+    console = create_autospec(Console, instance=True)
+    before = signal.getsignal(signal.SIGTERM)
+    signals = Signals()
+    with signals, pytest.raises(Stopped), _ray(config, Path("logs"), console, signals):
+        raise AssertionError("it must not begin")
+    assert ended == ["stop"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("problem", [ConnectionError, RuntimeError, ValueError])
+def test_a_cluster_that_is_not_there_is_named(problem: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise problem("nobody\nanswers")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setenv("RAY_ENABLE_AUTO_CONNECT", "0")
+    with pytest.raises(ConfigError, match=r"--ray-address = 'h:1': no Ray cluster.*nobody; start one") as caught:
+        join("h:1", verbose=False)
+    assert "\n" not in caught.value.message
+
+
+def test_the_secret_is_not_shown(config: ServiceConfig) -> None:
+    plan = make_plan(config, 2)
+    assert plan.gateway.secret not in repr(plan)
 
 
 def test_the_example_can_be_typed(checkpoint: Path, config: ServiceConfig) -> None:

@@ -149,6 +149,35 @@ def test_the_environment(model: Path) -> None:
     assert (config.port, config.notes) == (50051, ()), "what Kubernetes says of a Service is not ours"
 
 
+def test_every_key_can_come_from_the_environment(model: Path) -> None:
+    """`UNDERSTUDY_CACHE_BYTES` looks like the client's and the kernels' variables, which are left alone."""
+    given = {"UNDERSTUDY_CACHE_BYTES": "1GiB", "UNDERSTUDY_CACHE": "/x", "UNDERSTUDY_KERNEL_CACHE": "/y"}
+    config = load({"model": [str(model)]}, given)
+    assert (config.models[0].cache_bytes, config.notes) == (1 << 30, ())
+
+
+def test_a_directory_may_have_an_equals_sign(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = model.rename(model.with_name("lr=3e-4"))
+    assert [(m.name, m.path) for m in load({"model": [str(odd)]}).models] == [("lr=3e-4", odd)]
+    assert [(m.name, m.path) for m in load({"model": [f"x={odd}"]}).models] == [("x", odd)]
+
+
+@pytest.mark.parametrize("name", ["two words", "tab\t", "x" * 129, "line\nbreak"])
+def test_a_name_that_nobody_could_ask_for_is_refused(model: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="is not a name; write NAME=DIR"):
+        load({"model": [f"{name}={model}"]})
+
+
+def test_files_are_found_from_any_working_directory(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokens").write_text("t tenant\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for written in ("tokens", "~/tokens"):
+        assert load({"model": [model.name], "tokens": written}).tokens == tmp_path / "tokens"
+
+
 def test_two_models_of_one_name(model: Path) -> None:
     with pytest.raises(ConfigError, match="'llama' is taken"):
         load({"model": [str(model), str(model)]})
@@ -163,6 +192,19 @@ def test_the_bundled_model_is_the_default(model: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "bundled_model", lambda: model)
     (served,) = load().models
     assert (served.name, served.path) == ("demo", model)
+
+
+def test_the_bundled_model_is_found_where_a_wheel_puts_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "site-packages" / "cluster" / "config.py"))
+    monkeypatch.setattr(module.sysconfig, "get_path", lambda _name, _scheme: str(tmp_path / "prefix"))
+    place = tmp_path / "prefix" / "share" / "understudy" / "models" / "demo"
+    with pytest.raises(ConfigError, match=rf"--model: not given.*site-packages/models/demo nor at {place};"):
+        module.bundled_model()
+    place.parent.mkdir(parents=True)
+    model.rename(place)
+    assert module.bundled_model() == place
 
 
 def test_tls_goes_together_and_strangers_need_a_name(model: Path, tmp_path: Path) -> None:

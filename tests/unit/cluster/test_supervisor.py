@@ -194,6 +194,22 @@ async def test_leaving_waits_for_streams_and_says_that_it_drains() -> None:
     assert await leaving
 
 
+async def test_a_leader_that_fails_while_it_drains_is_killed_and_its_place_is_free() -> None:
+    port, link = Port(leader()), Link()
+    supervisor = supervise(port, link)
+    await supervisor.start()
+
+    async def fail(_seconds: float) -> bool:
+        raise RuntimeError("a fault of the leader's")
+
+    port.drain = fail  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="a fault of the leader's"):
+        await supervisor.leave(5.0)
+    assert port.kills == 1
+    assert link.roster.members() == []
+    await port.inner.stop()
+
+
 async def test_leaving_does_not_wait_for_ever() -> None:
     engine = FakeEngine(step_s=0.01, max_context=10**6)
     port, link = Port(leader(lambda _c, _p: engine)), Link()

@@ -164,22 +164,22 @@ async def test_the_lease_ends_a_silent_gateways_session() -> None:
 
 
 async def test_a_gateway_that_does_not_read_loses_its_session() -> None:
-    """Its kernel acknowledges pings and its pings may come, but the flow control lets nothing through any more."""
-    async with leader(FakeEngine(step_s=0.001, max_context=10**6), lease_s=0.2) as server:
-        huge = "x" * (1 << 16)  # comes back in every beat of a refusal
-        async with grpc.aio.insecure_channel(server.address) as raw:
-            call = raw.stream_stream("/understudy.internal.Wire/Stream")(
-                metadata=(("understudy-secret", "s"), ("understudy-gateway", "stopped"))
-            )
-            await call.write(encode([Request("a", [1], 900_000)]))
-            await until(lambda: server.loop.stats().running == 1)
-            stream = next(iter(server._streams))
-            while server.gateways:
-                stream._heard = server.clock()  # as if it pinged
-                stream._outbox.put(StepOutput(0, [SequenceOutput("b", [], error=huge * 16)]))
-                await asyncio.sleep(0)
-            await until(lambda: server.loop.stats().running == 0)
-            call.cancel()
+    """A stopped process: flow control lets nothing through to it any more, and a write would wait for ever."""
+    large = StepOutput(0, [SequenceOutput("b", [], error="x" * (1 << 20))])
+    async with (
+        leader(FakeEngine(step_s=0.001, max_context=10**6), lease_s=0.2) as server,
+        grpc.aio.insecure_channel(server.address) as raw,
+    ):
+        call = raw.stream_stream("/understudy.internal.Wire/Stream")(metadata=(("understudy-secret", "s"),))
+        await call.write(encode([Request("a", [1], 900_000)]))
+        await until(lambda: server.loop.stats().running == 1)
+        (stream,) = server._streams
+        while server.gateways:
+            stream._heard = server.clock()  # as if it pinged: the lease alone would not end it
+            stream._outbox.put(large)
+            await asyncio.sleep(0.001)
+        await until(lambda: server.loop.stats().running == 0)
+        call.cancel()
 
 
 async def test_pings_keep_the_lease() -> None:

@@ -259,9 +259,11 @@ async def test_a_full_service_says_when_to_come_back(stage: Stage) -> None:
     stage.router.router = Router(LoopClock(), limits=Limits(max_waiting=1))
     stage.add_replica(step_s=1.0, sleep=gate, max_running=1)
     await stage.open()
-    calls = [stage.stub.Generate(REQUEST) for _ in range(2)]
-    await until(lambda: len(stage.replicas["r0"].loop._owners) == 2)
-    await until(lambda: stage.replicas["r0"].loop.stats().waiting == 1)
+    loop = stage.replicas["r0"].loop
+    calls = [stage.stub.Generate(REQUEST)]
+    await until(lambda: len(loop._owners) == 1 and loop.stats().waiting == 0)  # its step has begun, and stays
+    calls.append(stage.stub.Generate(REQUEST))
+    await until(lambda: loop.stats().waiting == 1)
     code, _, info, (retry,) = await stage.refused()
     assert (code, info.reason) == ("RESOURCE_EXHAUSTED", "OVERLOADED")
     assert retry.retry_delay.ToMilliseconds() >= 500

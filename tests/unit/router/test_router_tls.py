@@ -143,6 +143,10 @@ async def test_the_operators_server() -> None:
         with pytest.raises(grpc.aio.AioRpcError, match="the router is gone") as caught:
             await stub.GetStatus(admin_pb2.GetStatusRequest())
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        source.answer = ConnectionError("the router did not answer within 1 s")
+        with pytest.raises(grpc.aio.AioRpcError, match="did not answer within 1 s; try again") as caught:
+            await stub.GetStatus(admin_pb2.GetStatusRequest())
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         inference = inference_pb2_grpc.InferenceStub(plain)  # type: ignore[no-untyped-call]
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await inference.ListModels(pb.ListModelsRequest())
