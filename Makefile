@@ -63,8 +63,8 @@ lock:
 	@rm -rf .venv-lock build
 
 bench: $(READY)
-	@$(BIN)/python bench/engine.py $(ARGS)
-	@$(BIN)/python bench/serve.py $(ARGS)
+	@$(BIN)/python bench/engine.py
+	@$(BIN)/python bench/serve.py
 
 clean:
 	rm -rf $(VENV) .venv-proto .venv-lock build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -25,7 +25,7 @@ from understudy.errors import ConfigError
 ENV_PREFIX = "UNDERSTUDY_"
 # What Kubernetes writes into every pod for a Service named "understudy", and what others read.
 _FOREIGN_ENV = re.compile(
-    r"^UNDERSTUDY_(SERVICE_.*|PORT_\d+.*|ORACLES|ADDRESS|ADMIN|TOKEN|INSTANCE|KERNELS?(_.*)?|CACHE(_.*)?)$"
+    r"^UNDERSTUDY_(SERVICE_.*|PORT_\d+.*|ORACLES|ADDRESS|ADMIN|TOKEN|INSTANCE|KERNELS?(_.*)?|ISA|CACHE(_.*)?)$"
 )
 _UNITS = {"": 1, "b": 1, "k": 1000, "kb": 1000, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12}
 _UNITS |= {"tb": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
@@ -179,7 +179,7 @@ def _known(key: str, keys: Sequence[str], shown: str, value: object) -> None:
 
 def _from_environment(environ: Mapping[str, str], notes: list[str]) -> dict[str, object]:
     found: dict[str, object] = {}
-    for name in sorted(environ):
+    for name in sorted(n for n, value in environ.items() if value):  # an empty one is one that is not set
         if not name.startswith(ENV_PREFIX):
             continue
         if "://" in environ[name] and name == ENV_PREFIX + "PORT":

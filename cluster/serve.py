@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -191,7 +192,13 @@ def example(config: ServiceConfig) -> str:
     where = "" if config.port == 50051 else f" --address {address(reachable_host(config), config.port)}"
     model = "" if len(config.models) == 1 else f" --model {config.models[0].name}"
     security = (" --tls-ca FILE" if config.tls_cert else "") + (" --token TOKEN" if config.tokens else "")
-    return f'try: understudy complete "The capital of France is"{model}{where}{security}'
+    return f'try: {program()} complete "The capital of France is"{model}{where}{security}'
+
+
+def program() -> str:
+    """The command as it can be typed again: its path where the name alone is not found."""
+    typed = sys.argv[0]
+    return typed if Path(typed).name == "understudy" and shutil.which("understudy") is None else "understudy"
 
 
 def with_free_ports(config: ServiceConfig) -> ServiceConfig:

@@ -126,8 +126,11 @@ def _explain(error: UnderstudyError, address_flag: str) -> str:
     from understudy._status import ConnectionLost
 
     if isinstance(error, ConnectionLost) and "failed to connect" in error.message.lower():
-        where = f"no service at {error.address}"
-        return f"{where}; start one with `make serve` or `understudy serve`, or give {address_flag}"
+        if "refused" in error.message.lower():
+            where = f"no service at {error.address}"
+            return f"{where}; start one with `make serve` or `understudy serve`, or give {address_flag}"
+        tls = "if it wants TLS, give --tls-ca FILE (and --tls-cert and --tls-key where it asks who you are)"
+        return f"cannot connect to {error.address}: {error.message}; {tls}"
     if isinstance(error, ConnectionLost):
         return f"the connection broke: {error.message}; is it an Understudy service, and TLS on both sides or none?"
     if isinstance(error, errors.Unauthenticated):

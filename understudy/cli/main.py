@@ -15,7 +15,7 @@ from understudy.cli import bench, complete, inspect
 from understudy.cli.common import errors_as_one_line, fail
 
 GROUP = "understudy.commands"
-INSTALL = "pip install 'understudy[serve]'"
+INSTALL = "pip install '.[serve]'"
 
 
 class Commands(TyperGroup):

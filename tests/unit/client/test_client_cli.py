@@ -257,7 +257,7 @@ def test_a_command_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.
     monkeypatch.setattr(main, "_added", lambda: point("no_such_room.commands:serve"))
     done = run("serve", "--model", "x", "-v")
     assert done.exit_code == 1
-    assert "pip install 'understudy[serve]'" in done.stderr
+    assert "pip install '.[serve]'" in done.stderr
     assert "no_such_room" in done.stderr
     listed = run("--help").stdout
     assert "serve" in listed
@@ -289,7 +289,7 @@ def test_a_command_that_misses_its_packages_when_it_runs_says_so_too(monkeypatch
     done = run("serve")
     assert done.exit_code == 1
     assert done.stderr.startswith("error: `understudy serve` needs the package 'no_such_package'")
-    assert "pip install 'understudy[serve]'" in done.stderr
+    assert "pip install '.[serve]'" in done.stderr
 
 
 def test_a_fault_inside_another_room_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

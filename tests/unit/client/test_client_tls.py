@@ -10,8 +10,10 @@ from typing import Any
 
 import grpc
 import pytest
+from typer.testing import CliRunner
 
 from understudy import Retry, Tls, errors
+from understudy.cli import main
 from understudy.testing import FakeServer
 
 ONCE = Retry(attempts=1)
@@ -53,6 +55,14 @@ def test_a_client_with_the_right_files_is_served(connect: Any, secured: tuple[Fa
     own = {"cert": pem / "client.pem", "key": str(pem / "client.key")} if mutual else {}
     tls = Tls(ca=pem / "ca.pem", server_name="service.test", **own)
     assert connect(server.address, tls=tls).call("complete", "Hi").text == "Hello, world"
+
+
+def test_the_command_line_without_them_speaks_of_tls(secured: tuple[FakeServer, bool]) -> None:
+    server, _ = secured
+    done = CliRunner().invoke(main.app, ["models", "--address", server.address])
+    assert done.exit_code == 1
+    assert "--tls-ca" in done.stderr or "TLS" in done.stderr
+    assert "make serve" not in done.stderr
 
 
 def test_a_client_without_them_is_not(connect: Any, secured: tuple[FakeServer, bool], pem: Path) -> None:

@@ -144,6 +144,8 @@ def test_the_environment(model: Path) -> None:
         load({}, base | {"UNDERSTUDY_PORT": "high"})
     noted = load({}, base | {"UNDERSTUDY_COLOUR": "red"})
     assert "UNDERSTUDY_COLOUR" in noted.notes[0]
+    bare = load({}, base | {"UNDERSTUDY_TOKENS": "", "UNDERSTUDY_ISA": "amx"})
+    assert (bare.tokens, bare.notes) == (None, ()), "empty is unset; the kernels' own variable is known"
     linked = {"UNDERSTUDY_PORT": "tcp://10.0.0.1:50051", "UNDERSTUDY_SERVICE_HOST": "10.0.0.1"}
     config = load({}, base | linked | {"UNDERSTUDY_PORT_50051_TCP": "tcp://10.0.0.1:50051"})
     assert (config.port, config.notes) == (50051, ()), "what Kubernetes says of a Service is not ours"

@@ -27,7 +27,7 @@ void norm(float *x, const void *weight, float eps, long D, int dtype) {
 }
 
 // (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) of the two halves.
-void rotate(float *x, const float *cos, const float *sin, long half) {
+inline void rotate(float *__restrict x, const float *__restrict cos, const float *__restrict sin, long half) {
   for (long d = 0; d < half; d++) {
     float a = x[d], b = x[d + half];
     x[d] = a * cos[d] - b * sin[d];
@@ -36,8 +36,8 @@ void rotate(float *x, const float *cos, const float *sin, long half) {
 }
 
 template <class T> T as(float x, int dtype);
-template <> float as<float>(float x, int) { return x; }
-template <> uint16_t as<uint16_t>(float x, int dtype) { return dtype == kBFloat16 ? to_bf16(x) : to_f16(x); }
+template <> inline float as<float>(float x, int) { return x; }
+template <> inline uint16_t as<uint16_t>(float x, int dtype) { return dtype == kBFloat16 ? to_bf16(x) : to_f16(x); }
 
 struct Write {
   const void *qkv, *q_norm, *k_norm;
@@ -50,28 +50,29 @@ struct Write {
   int dtype;
 };
 
-template <class T> void write_row(const Write &w, long t, float *x) {
-  const long D = w.D, Dv = round_up(D, 16), half = D / 2, unit = unit_of(w.dtype), page = page_bytes(D, w.dtype);
+// The dtype is known when this is compiled, so that its loops become vectors. `x` has room for 2 D.
+template <int dtype, class T> void write_row(const Write &w, long t, float *x) {
+  constexpr long unit = dtype == kBFloat16 ? 2 : 1;
+  const long D = w.D, Dv = round_up(D, 16), half = D / 2, page = page_bytes(D, dtype);
   const long position = w.positions[t], slot = position % kBlock;
   const T *row = static_cast<const T *>(w.qkv) + t * (w.heads + 2 * w.kv_heads) * D;
   const float *cos = w.cos + position * half, *sin = w.sin + position * half;
-  auto prepare = [&](long head, const void *weight) {
-    for (long d = 0; d < D; d++) x[d] = load_as(w.dtype, row, head * D + d);
-    if (weight) norm(x, weight, w.eps, D, w.dtype);
+  auto prepare = [&](long head, const void *weight, T *__restrict to) {
+    for (long d = 0; d < D; d++) x[d] = load_as(dtype, row + head * D, d);
+    if (weight) norm(x, weight, w.eps, D, dtype);
     rotate(x, cos, sin, half);
+    for (long d = 0; d < D; d++) to[d] = as<T>(x[d], dtype);
   };
-  for (long h = 0; h < w.heads; h++) {
-    prepare(h, w.q_norm);
-    T *to = static_cast<T *>(w.q) + (t * w.heads + h) * D;
-    for (long d = 0; d < D; d++) to[d] = as<T>(x[d], w.dtype);
-  }
+  for (long h = 0; h < w.heads; h++) prepare(h, w.q_norm, static_cast<T *>(w.q) + (t * w.heads + h) * D);
   const long block = w.table[w.row_seq[t] * w.width + position / kBlock];
+  T *key = reinterpret_cast<T *>(x + D);
   for (long g = 0; g < w.kv_heads; g++) {
     T *k = reinterpret_cast<T *>(static_cast<uint8_t *>(w.layer) + (block * w.kv_heads + g) * page), *v = k + D * kBlock;
-    prepare(w.heads + g, w.k_norm);
-    for (long d = 0; d < D; d++) k[k_index(d, slot, unit)] = as<T>(x[d], w.dtype);
+    prepare(w.heads + g, w.k_norm, key);
     const T *value = row + (w.heads + w.kv_heads + g) * D;
-    for (long d = 0; d < D; d++) v[v_index(d, slot, Dv, unit)] = value[d];
+    T *k_at = k + k_index(0, slot, unit), *v_at = v + v_index(0, slot, Dv, unit);
+    for (long d = 0; d < D; d += unit) std::memcpy(k_at + d * kBlock, key + d, unit * sizeof(T));
+    for (long d = 0; d < D; d++) v_at[d * unit] = value[d];
   }
 }
 
@@ -111,13 +112,9 @@ void attention_write(const void *qkv, void *q, void *layer, const void *q_norm, 
   Write w{qkv, q_norm, k_norm, q, layer, cos, sin, positions, row_seq, table, width, heads, kv_heads, D, eps, dtype};
   understudy::parallel(rows, 4, [&](long begin, long end) {
     thread_local Scratch scratch;
-    float *x = scratch.get<float>(D);
-    for (long t = begin; t < end; t++) {
-      if (dtype == kFloat32)
-        write_row<float>(w, t, x);
-      else
-        write_row<uint16_t>(w, t, x);
-    }
+    float *x = scratch.get<float>(2 * D);
+    const auto write = dtype == kFloat32 ? write_row<kFloat32, float> : dtype == kBFloat16 ? write_row<kBFloat16, uint16_t> : write_row<kFloat16, uint16_t>;
+    for (long t = begin; t < end; t++) write(w, t, x);
   });
 }
 

@@ -30,20 +30,32 @@ template <class F> float row_sum(long n, F &&term) {
     return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-template <class T> void normalize(const T *x, const T *weight, T *y, long h, float eps) {
-    const float squares = row_sum(h, [&](long i, long left) {
+// f(i, left) for each vector of a row of n; `left` is a constant in all but the last.
+template <class F> void by_lanes(long n, F &&f) {
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) f(i, static_cast<long>(LANES));
+    if (i < n) f(i, n - i);
+}
+
+template <class T> float squares(const T *x, long h) {
+    return row_sum(h, [&](long i, long left) {
         const floats v = load(x + i, left);
         return v * v;
     });
-    const floats scale = splat(1.0f / std::sqrt(squares / static_cast<float>(h) + eps));
-    for (long i = 0; i < h; i += LANES) {
-        const long left = h - i;
-        store(y + i, load(weight + i, left) * round_to<T>(load(x + i, left) * scale), left);
-    }
 }
 
-template <class T> void add(const T *x, T *residual, long h) {
-    for (long i = 0; i < h; i += LANES) store(residual + i, load(residual + i, h - i) + load(x + i, h - i), h - i);
+// residual += x; the sum of what it then holds, squared.
+template <class T> float add_squares(const T *x, T *residual, long h) {
+    return row_sum(h, [&](long i, long left) {
+        const floats v = round_to<T>(load(residual + i, left) + load(x + i, left));
+        store(residual + i, v, left);
+        return v * v;
+    });
+}
+
+template <class T> void normalize(const T *x, const T *weight, T *y, long h, float sum_of_squares, float eps) {
+    const floats scale = splat(1.0f / std::sqrt(sum_of_squares / static_cast<float>(h) + eps));
+    by_lanes(h, [&](long i, long left) { store(y + i, load(weight + i, left) * round_to<T>(load(x + i, left) * scale), left); });
 }
 
 template <class T> T lowest();
@@ -159,8 +171,10 @@ extern "C" void understudy_rms_norm(int dtype, const void *x, long x_stride, con
     by_dtype(dtype, [&](auto type) {
         using T = decltype(type);
         parallel(rows, rows_per_piece(h), [&](long begin, long end) {
-            for (long r = begin; r < end; r++)
-                normalize(static_cast<const T *>(x) + r * x_stride, static_cast<const T *>(weight), static_cast<T *>(y) + r * h, h, eps);
+            for (long r = begin; r < end; r++) {
+                const T *row = static_cast<const T *>(x) + r * x_stride;
+                normalize(row, static_cast<const T *>(weight), static_cast<T *>(y) + r * h, h, squares(row, h), eps);
+            }
         });
     });
 }
@@ -172,8 +186,8 @@ extern "C" void understudy_add_rms_norm(int dtype, const void *x, long x_stride,
         parallel(rows, rows_per_piece(h), [&](long begin, long end) {
             for (long r = begin; r < end; r++) {
                 T *sums = static_cast<T *>(residual) + r * residual_stride;
-                add(static_cast<const T *>(x) + r * x_stride, sums, h);
-                normalize(sums, static_cast<const T *>(weight), static_cast<T *>(y) + r * h, h, eps);
+                const float squared = add_squares(static_cast<const T *>(x) + r * x_stride, sums, h);
+                normalize(sums, static_cast<const T *>(weight), static_cast<T *>(y) + r * h, h, squared, eps);
             }
         });
     });
