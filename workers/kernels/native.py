@@ -19,7 +19,7 @@ from torch import Tensor
 from workers.kernels import build, native_attention
 from workers.kernels.native_attention import NativeAttention
 
-VERSION = 1
+VERSION = 2
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FAMILIES = {"generic": 0, "avx512bf16": 1, "amx": 2}

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "attention_lanes.h"
 #include "pool.h"
+#include "simd.h"
 
 namespace understudy::attention {
 namespace {
@@ -27,7 +28,7 @@ void norm(float *x, const void *weight, float eps, long D, int dtype) {
 }
 
 // (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) of the two halves.
-inline void rotate(float *__restrict x, const float *__restrict cos, const float *__restrict sin, long half) {
+void rotate(float *x, const float *cos, const float *sin, long half) {
   for (long d = 0; d < half; d++) {
     float a = x[d], b = x[d + half];
     x[d] = a * cos[d] - b * sin[d];
@@ -36,8 +37,17 @@ inline void rotate(float *__restrict x, const float *__restrict cos, const float
 }
 
 template <class T> T as(float x, int dtype);
-template <> inline float as<float>(float x, int) { return x; }
-template <> inline uint16_t as<uint16_t>(float x, int dtype) { return dtype == kBFloat16 ? to_bf16(x) : to_f16(x); }
+template <> float as<float>(float x, int) { return x; }
+template <> uint16_t as<uint16_t>(float x, int dtype) { return dtype == kBFloat16 ? to_bf16(x) : to_f16(x); }
+
+// The same on a row of bfloat16 without a norm, sixteen at a time; `half` is a multiple of 16.
+void rotate_bf16(const bf16 *x, bf16 *y, const float *cos, const float *sin, long half) {
+  for (long d = 0; d < half; d += LANES) {
+    const floats a = understudy::widen(x + d), b = understudy::widen(x + half + d), c = understudy::widen(cos + d), s = understudy::widen(sin + d);
+    understudy::store(y + d, a * c - b * s);
+    understudy::store(y + half + d, b * c + a * s);
+  }
+}
 
 struct Write {
   const void *qkv, *q_norm, *k_norm;
@@ -50,18 +60,19 @@ struct Write {
   int dtype;
 };
 
-// The dtype is known when this is compiled, so that its loops become vectors. `x` has room for 2 D.
-template <int dtype, class T> void write_row(const Write &w, long t, float *x) {
-  constexpr long unit = dtype == kBFloat16 ? 2 : 1;
-  const long D = w.D, Dv = round_up(D, 16), half = D / 2, page = page_bytes(D, dtype);
+// `x` has room for 2 D.
+template <class T> void write_row(const Write &w, long t, float *x) {
+  const long D = w.D, Dv = round_up(D, 16), half = D / 2, unit = unit_of(w.dtype), page = page_bytes(D, w.dtype);
   const long position = w.positions[t], slot = position % kBlock;
   const T *row = static_cast<const T *>(w.qkv) + t * (w.heads + 2 * w.kv_heads) * D;
   const float *cos = w.cos + position * half, *sin = w.sin + position * half;
-  auto prepare = [&](long head, const void *weight, T *__restrict to) {
-    for (long d = 0; d < D; d++) x[d] = load_as(dtype, row + head * D, d);
-    if (weight) norm(x, weight, w.eps, D, dtype);
+  const bool vectors = w.dtype == kBFloat16 && half % LANES == 0;
+  auto prepare = [&](long head, const void *weight, T *to) {
+    if (vectors && !weight) return rotate_bf16(reinterpret_cast<const bf16 *>(row + head * D), reinterpret_cast<bf16 *>(to), cos, sin, half);
+    for (long d = 0; d < D; d++) x[d] = load_as(w.dtype, row, head * D + d);
+    if (weight) norm(x, weight, w.eps, D, w.dtype);
     rotate(x, cos, sin, half);
-    for (long d = 0; d < D; d++) to[d] = as<T>(x[d], dtype);
+    for (long d = 0; d < D; d++) to[d] = as<T>(x[d], w.dtype);
   };
   for (long h = 0; h < w.heads; h++) prepare(h, w.q_norm, static_cast<T *>(w.q) + (t * w.heads + h) * D);
   const long block = w.table[w.row_seq[t] * w.width + position / kBlock];
@@ -71,7 +82,7 @@ template <int dtype, class T> void write_row(const Write &w, long t, float *x) {
     prepare(w.heads + g, w.k_norm, key);
     const T *value = row + (w.heads + w.kv_heads + g) * D;
     T *k_at = k + k_index(0, slot, unit), *v_at = v + v_index(0, slot, Dv, unit);
-    for (long d = 0; d < D; d += unit) std::memcpy(k_at + d * kBlock, key + d, unit * sizeof(T));
+    for (long d = 0; d < D; d += unit) std::memcpy(k_at + d * kBlock, key + d, static_cast<size_t>(unit) * sizeof(T));
     for (long d = 0; d < D; d++) v_at[d * unit] = value[d];
   }
 }
@@ -110,11 +121,16 @@ void attention_write(const void *qkv, void *q, void *layer, const void *q_norm, 
                      const float *sin, const int64_t *positions, const int32_t *row_seq, const int32_t *table, long rows, long width,
                      long heads, long kv_heads, long D, int dtype) {
   Write w{qkv, q_norm, k_norm, q, layer, cos, sin, positions, row_seq, table, width, heads, kv_heads, D, eps, dtype};
-  understudy::parallel(rows, 4, [&](long begin, long end) {
+  // A line of a K page holds all its positions: a prompt's pieces take whole blocks, or two threads would write the same lines.
+  understudy::parallel(rows, rows >= 64 ? 2 * kBlock : 4, [&](long begin, long end) {
     thread_local Scratch scratch;
     float *x = scratch.get<float>(2 * D);
-    const auto write = dtype == kFloat32 ? write_row<kFloat32, float> : dtype == kBFloat16 ? write_row<kBFloat16, uint16_t> : write_row<kFloat16, uint16_t>;
-    for (long t = begin; t < end; t++) write(w, t, x);
+    for (long t = begin; t < end; t++) {
+      if (dtype == kFloat32)
+        write_row<float>(w, t, x);
+      else
+        write_row<uint16_t>(w, t, x);
+    }
   });
 }
 

@@ -47,8 +47,7 @@ template <class T> float squares(const T *x, long h) {
 // residual += x; the sum of what it then holds, squared.
 template <class T> float add_squares(const T *x, T *residual, long h) {
     return row_sum(h, [&](long i, long left) {
-        const floats v = round_to<T>(load(residual + i, left) + load(x + i, left));
-        store(residual + i, v, left);
+        const floats v = store_rounded(residual + i, load(residual + i, left) + load(x + i, left), left);
         return v * v;
     });
 }

@@ -64,8 +64,8 @@ class Pool {
         }
         while (work(generation_)) {}
         for (int spins = 0; pending_.load(std::memory_order_acquire) > 0; spins++) {
-            if (spins < 4096) pause_cpu();
-            else std::this_thread::yield();  // whoever has the last piece may need this CPU
+            if (spins < 1024) pause_cpu();
+            else std::this_thread::sleep_for(std::chrono::microseconds(20));  // an idle CPU takes over a thread that waits for another
         }
         inside = false;
     }

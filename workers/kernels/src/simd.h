@@ -47,7 +47,13 @@ inline floats fma(floats a, floats b, floats c) {
 #endif
 }
 
-inline floats widen_bf16(halves h) { return reinterpret_cast<floats>(__builtin_convertvector(h, uints) << 16); }
+inline floats widen_bf16(halves h) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h)), 16));  // which GCC makes two halves of
+#else
+    return reinterpret_cast<floats>(__builtin_convertvector(h, uints) << 16);
+#endif
+}
 
 // To the nearest, ties to even; NaN stays NaN. The instruction takes subnormals for 0.
 inline halves narrow_bf16(floats x) {
@@ -126,6 +132,19 @@ inline void store(bf16 *p, floats v, long n = LANES) {
 inline void store(fp16 *p, floats v, long n = LANES) {
     const halves h = narrow_fp16(v);
     std::memcpy(p, &h, n >= LANES ? 32 : static_cast<std::size_t>(n) * 2);
+}
+
+// As `store`; returns what was stored.
+inline floats store_rounded(float *p, floats v, long n = LANES) { return store(p, v, n), v; }
+inline floats store_rounded(bf16 *p, floats v, long n = LANES) {
+    const halves h = narrow_bf16(v);
+    std::memcpy(p, &h, n >= LANES ? 32 : static_cast<std::size_t>(n) * 2);
+    return widen_bf16(h);
+}
+inline floats store_rounded(fp16 *p, floats v, long n = LANES) {
+    const halves h = narrow_fp16(v);
+    std::memcpy(p, &h, n >= LANES ? 32 : static_cast<std::size_t>(n) * 2);
+    return widen_fp16(h);
 }
 
 // Values as a tensor of T would hold them.
