@@ -71,7 +71,7 @@ async def test_a_bad_field_is_named_with_its_bound(
     assert [v.field for v in violations.field_violations] == [field]
     assert said.startswith(field)
     assert len(said) < 1000
-    assert (await stage.generate(stopping=T(max_tokens=1))).reason == "LENGTH"
+    assert (await stage.generate(stopping=T(max_tokens=1, ignore_eos=True))).reason == "LENGTH"
 
 
 async def test_an_unknown_model(stage: Stage) -> None:
@@ -131,7 +131,7 @@ async def test_a_message_that_is_none(stage: Stage, data: bytes, message: str) -
     code, said, info, _ = problem(caught.value)
     assert (code, info.reason) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
     assert message in said
-    assert (await stage.generate(stopping=T(max_tokens=1))).reason == "LENGTH"
+    assert (await stage.generate(stopping=T(max_tokens=1, ignore_eos=True))).reason == "LENGTH"
 
 
 async def test_a_message_far_above_the_limit(stage: Stage) -> None:
@@ -139,7 +139,7 @@ async def test_a_message_far_above_the_limit(stage: Stage) -> None:
     with pytest.raises(grpc.aio.AioRpcError, match="larger than max") as caught:
         await raw(stage, b"x" * (4 << 20))
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert (await stage.generate(stopping=T(max_tokens=1))).reason == "LENGTH"
+    assert (await stage.generate(stopping=T(max_tokens=1, ignore_eos=True))).reason == "LENGTH"
 
 
 async def test_too_many_streams(stage: Stage) -> None:
@@ -166,7 +166,7 @@ async def test_a_fault_of_ours_leaks_nothing(stage: Stage, monkeypatch: pytest.M
     assert (code, info.reason, info.metadata["request_id"]) == ("INTERNAL", "INTERNAL", "abc")
     assert "abc" in said
     assert "secret" not in said
-    assert (await stage.generate(stopping=T(max_tokens=1))).reason == "LENGTH"
+    assert (await stage.generate(stopping=T(max_tokens=1, ignore_eos=True))).reason == "LENGTH"
 
 
 async def test_an_overflow_says_when_to_come_back() -> None:
@@ -236,7 +236,7 @@ async def test_gateways_that_share_a_port_on_purpose(stage: Stage) -> None:
     second = Gateway(config, stage.router, stage.router.connect, gateway.models.all())
     assert await second.start() == gateway.port
     await second.stop()
-    assert (await stage.generate(stopping=T(max_tokens=1))).reason == "LENGTH"
+    assert (await stage.generate(stopping=T(max_tokens=1, ignore_eos=True))).reason == "LENGTH"
 
 
 async def test_no_replica_is_ready(stage: Stage) -> None:
@@ -246,4 +246,4 @@ async def test_no_replica_is_ready(stage: Stage) -> None:
     code, _, info, _ = await stage.refused()
     assert (code, info.reason) == ("UNAVAILABLE", "UNAVAILABLE")
     stage.add_replica(epoch=2)
-    assert (await stage.generate(stopping=T(max_tokens=1))).reason == "LENGTH"
+    assert (await stage.generate(stopping=T(max_tokens=1, ignore_eos=True))).reason == "LENGTH"
