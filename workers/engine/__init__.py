@@ -1,27 +1,41 @@
 """The engine: token ids in, one message per step out. Importing this brings neither torch nor Ray nor gRPC."""
 
 from workers.engine.contract import (
+    Candidate,
     Engine,
     EngineConfig,
     EngineInfo,
     EngineStats,
     FinishReason,
+    Grammar,
+    Interjection,
+    LayerAttention,
+    LayerExperts,
+    Probe,
     Request,
     Sampling,
     SequenceOutput,
     StepOutput,
     TokenLogprob,
+    TokenTrace,
 )
 
 __all__ = [
+    "Candidate",
     "Engine",
     "EngineConfig",
     "EngineInfo",
     "EngineStats",
     "FinishReason",
+    "Grammar",
+    "Interjection",
+    "LayerAttention",
+    "LayerExperts",
+    "Probe",
     "Request",
     "Sampling",
     "SequenceOutput",
     "StepOutput",
     "TokenLogprob",
+    "TokenTrace",
 ]

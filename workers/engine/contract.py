@@ -24,13 +24,50 @@ class FinishReason(IntEnum):
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
-    """How the next token is chosen; every value is valid. `temperature` 0 is greedy."""
+    """How the next token is chosen; every value is valid. `temperature` 0 is greedy.
+
+    Penalties are those of `workers.engine.penalties`. `logit_bias` holds (token id, addend). No answer contains one
+    of the sequences of ids in `bad_words`.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: list[tuple[int, float]] = []
+    bad_words: list[list[int]] = []
+
+
+class Grammar(msgspec.Struct, frozen=True, array_like=True):
+    """What an answer's text must match; `text` in the notation of `kind`, checked by `workers.grammar`.
+
+    json_schema: a JSON Schema; json: any JSON object (`text` empty); regex: a regular expression over the whole
+    answer; ebnf: a grammar with a rule `root` or `start`; choice: a JSON list of strings.
+    """
+
+    kind: str
+    text: str = ""
+
+
+class Interjection(msgspec.Struct, frozen=True, array_like=True):
+    """Unless the answer holds `ids` in a row before, they follow after its first `after` tokens: how a thought that
+    is longer than its budget is brought to an end. Forced ids count and are reported like drawn ones."""
+
+    after: int
+    ids: list[int]
+
+
+class Probe(msgspec.Struct, frozen=True, array_like=True):
+    """What to tell of how each token was chosen. `candidates`: how many of the likeliest; `experts`: which experts
+    each mixture layer chose; `attention`: of these layers, what the row attended to, mean over heads."""
+
+    candidates: int = 0
+    experts: bool = False
+    attention: list[int] = []
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -39,7 +76,9 @@ class Request(msgspec.Struct, frozen=True, array_like=True, tag=True):
     `prompt` is never empty. `generated` are the tokens that the caller already has (a stream that goes on
     elsewhere): they count towards `max_tokens` and `min_tokens`, are not emitted again, and the draws go on at
     their positions. `len(prompt) + max_tokens` is at most the context. `logprobs` is None for none, else how many
-    of the likeliest tokens come with each token.
+    of the likeliest tokens come with each token; `prompt_logprobs` the same for the prompt's tokens from the second
+    on, which are then computed whatever is cached. Sequences with one `family` (not empty) have one prompt: it is
+    computed once, and those that come later share the blocks of the first.
     """
 
     id: str
@@ -55,6 +94,11 @@ class Request(msgspec.Struct, frozen=True, array_like=True, tag=True):
     cache_salt: str = ""
     bypass_prefix_cache: bool = False
     priority: int = 0
+    family: str = ""
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+    interjection: Interjection | None = None
+    probe: Probe | None = None
 
 
 class TokenLogprob(msgspec.Struct, array_like=True):
@@ -68,12 +112,46 @@ class TokenLogprob(msgspec.Struct, array_like=True):
     top: list[tuple[int, float]]
 
 
+class Candidate(msgspec.Struct, array_like=True):
+    """A token that could have been chosen: its probability by the raw logits, and after everything that the request
+    asks for (0: filtered out)."""
+
+    token: int
+    before: float
+    after: float
+
+
+class LayerExperts(msgspec.Struct, array_like=True):
+    """The experts that one layer chose for a token, in the order of the gate's slots."""
+
+    layer: int
+    experts: list[int]
+    weights: list[float]
+
+
+class LayerAttention(msgspec.Struct, array_like=True):
+    """What a token's row attended to: `weights[i]` is that of position `start + i`, mean over the heads."""
+
+    layer: int
+    start: int
+    weights: list[float]
+
+
+class TokenTrace(msgspec.Struct, array_like=True):
+    """How one token came about, as far as the request's `probe` asks."""
+
+    candidates: list[Candidate] = []
+    experts: list[LayerExperts] = []
+    attention: list[LayerAttention] = []
+
+
 class SequenceOutput(msgspec.Struct, array_like=True):
     """What one step made for one sequence.
 
-    `token_ids` includes the token that ended it (EOS or stop token). `cached_tokens` is set in the first output
-    of a sequence: how many prompt tokens the prefix tree spared. `error` says what went wrong when `finish` is
-    ERROR.
+    `token_ids` (several, where the engine speculates) includes the token that ended it (EOS or stop token).
+    `cached_tokens` and `prompt_logprobs` are set in the first output of a sequence: how many prompt tokens the prefix
+    tree spared, and what was asked for of the prompt's tokens from the second on. `traces` has one entry per token
+    where a probe was asked for. `error` says what went wrong when `finish` is ERROR.
     """
 
     id: str
@@ -82,6 +160,8 @@ class SequenceOutput(msgspec.Struct, array_like=True):
     finish: FinishReason | None = None
     cached_tokens: int | None = None
     error: str = ""
+    prompt_logprobs: list[TokenLogprob] | None = None
+    traces: list[TokenTrace] | None = None
 
 
 class StepOutput(msgspec.Struct, array_like=True, tag=True):
@@ -122,6 +202,8 @@ class EngineStats(msgspec.Struct):
     hit_tokens: int = 0
     queried_tokens: int = 0
     preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
@@ -129,7 +211,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
 
     `dtype` is auto, float32, bfloat16 or float16. `device` is cpu or cuda[:N]. `kernels` is auto, native (C++, CPU
     only), plain (torch alone) or fast (CUDA only: gives up that a row's bits do not depend on its batch); what does
-    not apply to the device is a ConfigError. `threads` is of computation.
+    not apply to the device is a ConfigError. `threads` is of computation. `speculate` is none, ngram (looks the next
+    tokens up in the sequence itself) or draft (asks the model in `draft_model_dir`); `draft_tokens` at most per step.
     """
 
     model_dir: str
@@ -143,6 +226,9 @@ class EngineConfig(msgspec.Struct, frozen=True):
     max_running: int | None = None
     threads: int | None = None
     prefix_cache: bool = True
+    speculate: str = "none"
+    draft_model_dir: str | None = None
+    draft_tokens: int = 4
 
 
 class Engine(Protocol):
