@@ -72,6 +72,13 @@ inline halves narrow_bf16(floats x) {
 inline floats widen_fp16(halves h) {
 #if defined(__AVX512F__)
     return reinterpret_cast<floats>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(h)));
+#elif defined(__F16C__)
+    __m128i parts[2];
+    std::memcpy(parts, &h, sizeof parts);
+    const __m256 wide[2] = {_mm256_cvtph_ps(parts[0]), _mm256_cvtph_ps(parts[1])};
+    floats result;
+    std::memcpy(&result, wide, sizeof result);
+    return result;
 #else
     floats result;
     for (int i = 0; i < LANES; i++) {
@@ -87,6 +94,14 @@ inline floats widen_fp16(halves h) {
 inline halves narrow_fp16(floats x) {
 #if defined(__AVX512F__)
     return reinterpret_cast<halves>(_mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+    __m256 parts[2];
+    std::memcpy(parts, &x, sizeof parts);
+    const __m128i narrow[2] = {_mm256_cvtps_ph(parts[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+                               _mm256_cvtps_ph(parts[1], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+    halves result;
+    std::memcpy(&result, narrow, sizeof result);
+    return result;
 #else
     halves result;
     for (int i = 0; i < LANES; i++) {
