@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from router.channels import Attempt, ChannelPool, Link
 from router.clock import Clock, sleep
 from router.state import Assignment, Query, RouterPort
 from router.validate import ValidRequest
 from understudy.errors import DeadlineExceeded, InternalError, ModelNotFound, Overloaded, Unavailable
-from workers.engine import EngineInfo, FinishReason, SequenceOutput, TokenLogprob
+from workers.engine import EngineInfo, FinishReason, SequenceOutput, TokenLogprob, TokenTrace
 
 log = logging.getLogger(__name__)
 
@@ -30,19 +30,23 @@ MAX_BARREN = 3
 
 @dataclass(slots=True)
 class Batch:
-    """All that came since the last batch. `finish` is set in the last one; `cached_tokens` is known in the first."""
+    """All that came of one sequence since its last batch. `finish` is set in its last one; `cached_tokens` is known
+    in its first, and `prompt_logprobs` in that of one sequence, where they were asked for."""
 
+    index: int = 0
     step: int = 0
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    traces: list[TokenTrace] = field(default_factory=list)
     finish: FinishReason | None = None
     cached_tokens: int | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(frozen=True)
 class Patience:
     """Seconds: `first` for a replica of a new stream, `again` for one to go on at, `retry` between tries; and how
-    many tokens may wait for a slow client before its stream is parked."""
+    many tokens may wait for a slow client before its stream is parked, all its sequences together."""
 
     first: float = 2.0
     again: float = 15.0
@@ -63,9 +67,12 @@ class Dispatcher:
         self._leases: list[int] = []
         self._releasing: asyncio.Task[None] | None = None
 
-    def open(self, request: ValidRequest, deadline: float | None = None) -> Stream:
-        """A stream of the tokens after `request.received`. `deadline` is a moment of the clock. Close the stream."""
-        stream = Stream(self, request, deadline)
+    def open(
+        self, request: ValidRequest, deadline: float | None = None, indexes: Iterable[int] | None = None
+    ) -> Stream:
+        """A stream of the tokens after `request.received`, of all sequences or those of `indexes`. `deadline` is a
+        moment of the clock. Close the stream."""
+        stream = Stream(self, request, deadline, range(request.n) if indexes is None else indexes)
         self.streams.add(stream)
         return stream
 
@@ -91,53 +98,86 @@ class Dispatcher:
             await self._releasing
 
 
-class Stream:
-    """One request under way. `next` gives batches until one has `finish`; `close` in any case."""
+@dataclass(slots=True)
+class _Place:
+    """A replica that some sequences of a stream run on together."""
 
-    def __init__(self, owner: Dispatcher, request: ValidRequest, deadline: float | None) -> None:
+    link: Link
+    to: Assignment
+    sequences: int
+
+
+class _Sequence:
+    """One of a stream's sequences: what it has, and where it runs now. Without an attempt it waits for a place."""
+
+    __slots__ = ("attempt", "barren", "done", "errors", "index", "place", "tokens")
+
+    def __init__(self, index: int, received: list[int]) -> None:
+        self.index = index
+        self.tokens = list(received)
+        self.attempt: Attempt | None = None
+        self.place: _Place | None = None
+        self.errors = 0  # of the engine
+        self.barren = 0  # replicas in a row that were lost under it before they gave it a token
+        self.done = False
+
+
+class Stream:
+    """One request under way: its sequences, which begin together at one replica, and go on by themselves.
+
+    `next` gives batches until every sequence has had one with `finish`; `close` in any case.
+    """
+
+    def __init__(
+        self, owner: Dispatcher, request: ValidRequest, deadline: float | None, indexes: Iterable[int]
+    ) -> None:
         self._owner = owner
         self._request = request
         self.info: EngineInfo | None = None  # of the first replica; those that follow have its weights and arithmetic
         self._pinned = request.pinned
-        self._tokens = list(request.received)
-        self._attempt: Attempt | None = None
-        self._link: Link | None = None
-        self._assignment: Assignment | None = None
+        self._sequences = {i: _Sequence(i, request.received_of(i)) for i in indexes}
+        self._turns = deque(self._sequences.values())
+        # A stream that goes on elsewhere has told them.
+        self._wants_prompt = request.prompt_logprobs is not None and request.pinned is None
+        self._family = owner.pool.attempt_id(request.request_id) if len(self._sequences) > 1 else ""
+        self._buffered = max(owner.patience.buffered_tokens // max(len(self._sequences), 1), 32)
         self._excluded: list[tuple[str, int]] = []
-        self._errors = 0
-        self._barren = 0
+        self._placing: asyncio.Task[None] | None = None
         self._placed = False
         self._expired = self._abandoned = False
         self._waiter: asyncio.Future[None] | None = None
         self._timer = owner.clock.call_at(deadline, self._expire) if deadline is not None else None
 
     async def next(self) -> Batch:
-        """What has come, waiting where nothing has.
+        """What has come of one sequence, waiting where nothing has. Sequences take turns.
 
         Raises DeadlineExceeded after everything made until then, Overloaded and Unavailable when no replica can be
-        had, InternalError when the engine failed on this request twice, or several replicas were lost under it.
+        had, InternalError when the engine failed on a sequence twice, or several replicas were lost under it.
         """
         while True:
-            if self._attempt is None:
-                await self._until_deadline(self._place())
-            attempt = self._attempt
-            assert attempt is not None
-            if attempt.outputs:
-                batch = self._merge(attempt)
-                if batch is not None:
-                    return batch
-            elif attempt.lost is not None:
-                self._count_loss(attempt)
-                self._leave(failed=True)
-            elif attempt.parked:
-                self._leave(failed=False)
-            else:
-                self._check()
-                await self._wait()
+            batch = self._take()
+            if batch is not None:
+                return batch
+            if self._placing is not None and self._placing.done():
+                placing, self._placing = self._placing, None
+                placing.result()
+            if self._placing is None:
+                self._place_those_that_wait()
+            self._check()
+            await self._wait()
+
+    def finish(self, index: int) -> None:
+        """Nothing more is wanted of this sequence: cancels it at its replica. Idempotent."""
+        sequence = self._sequences[index]
+        self._leave(sequence)
+        sequence.done = True
 
     def close(self) -> None:
-        """Cancels at the replica what is still under way, at once. Idempotent."""
-        self._leave(failed=False, counts=False)
+        """Cancels at their replicas what is still under way, at once. Idempotent."""
+        if self._placing is not None:
+            self._placing.cancel()
+        for index in self._sequences:
+            self.finish(index)
         if self._timer is not None:
             self._timer.cancel()
         self._owner.streams.discard(self)
@@ -170,27 +210,26 @@ class Stream:
         finally:
             self._waiter = None
 
-    async def _until_deadline(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        task.add_done_callback(lambda _: self._wake())
-        try:
-            while not task.done():
-                self._check()
-                await self._wait()
-            task.result()
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
     # Places.
 
-    async def _place(self) -> None:
-        """Finds a replica and starts there after the tokens that we have."""
+    def _place_those_that_wait(self) -> None:
+        waiting = [s for s in self._sequences.values() if s.attempt is None and not s.done]
+        if waiting:
+            self._placing = asyncio.create_task(self._place(waiting), name=f"place {self._request.request_id}")
+            self._placing.add_done_callback(self._on_placed)
+
+    def _on_placed(self, placing: asyncio.Task[None]) -> None:
+        if not placing.cancelled():
+            placing.exception()  # seen, also where nobody waits for it any more
+        self._wake()
+
+    async def _place(self, waiting: list[_Sequence]) -> None:
+        """Finds a replica for these sequences together, and starts each there after the tokens that we have."""
         owner = self._owner
         give_up = owner.clock.now() + (owner.patience.again if self._placed else owner.patience.first)
         while True:
             try:
-                await self._try_place()
+                await self._try_place(waiting)
                 return
             except (Unavailable, Overloaded, ModelNotFound, ConnectionError) as error:
                 if isinstance(error, Overloaded) and not self._placed:
@@ -202,13 +241,14 @@ class Stream:
                     self._excluded.clear()  # nobody else is there: a replica that was silent may be back
             await sleep(owner.clock, owner.patience.retry)
 
-    async def _try_place(self) -> None:
+    async def _try_place(self, waiting: list[_Sequence]) -> None:
         owner, request, pinned = self._owner, self._request, self._pinned
         query = Query(
             request.model,
-            len(request.prompt) + len(self._tokens),
+            len(request.prompt) + sum(len(s.tokens) for s in waiting),
             tuple(self._excluded),
             *(pinned if pinned is not None else ("", "")),
+            sequences=len(waiting),
         )
         to = await owner.router.assign(query)
         try:
@@ -216,69 +256,112 @@ class Stream:
             same = (link.info.model_fingerprint, link.info.numerics_id)
             if pinned is not None and same != pinned:
                 raise ConnectionError(f"replica {to.replica} has other weights or arithmetic than was promised")
-            attempt = Attempt(owner.pool.attempt_id(request.request_id), self._wake, owner.patience.buffered_tokens)
-            link.open(request.to_engine(attempt.id, list(self._tokens)), attempt)
+            self._start(waiting, link, to)
         except BaseException as error:
             owner.release(to.lease)
             if isinstance(error, ConnectionError):
                 self._excluded.append((to.replica, to.epoch))
             raise
-        self._attempt, self._link, self._assignment, self._placed = attempt, link, to, True
-        self._pinned = same
+        self._placed, self._pinned = True, same
         self.info = link.info if self.info is None else self.info
 
-    def _leave(self, *, failed: bool, counts: bool = True) -> None:
-        """Gives up the present place; `failed` keeps the stream from coming back to it."""
-        attempt, link, to = self._attempt, self._link, self._assignment
-        self._attempt = self._link = self._assignment = None
-        if attempt is None or link is None or to is None:
-            return
-        link.close_attempt(attempt)
-        self._owner.release(to.lease)
-        if failed:
-            self._excluded.append((to.replica, to.epoch))
-        if counts and failed:
-            self._owner.failovers += 1
-            log.warning(
-                "request %s leaves replica %s after %d tokens: %s",
-                self._request.request_id, to.replica, len(self._tokens), attempt.lost or "ended there",
-            )  # fmt: skip
+    def _start(self, waiting: list[_Sequence], link: Link, to: Assignment) -> None:
+        """Sends each sequence. Raises ConnectionError, and has started none, where the wire is broken."""
+        if link.lost is not None:
+            raise ConnectionError(link.lost)
+        owner = self._owner
+        place = _Place(link, to, 0)
+        for sequence in waiting:
+            if sequence.done:
+                continue
+            attempt = Attempt(owner.pool.attempt_id(self._request.request_id), self._wake, self._buffered)
+            prompt = self._wants_prompt and place.sequences == 0
+            link.open(
+                self._request.to_engine(attempt.id, sequence.index, list(sequence.tokens), self._family, prompt),
+                attempt,
+            )
+            sequence.attempt, sequence.place = attempt, place
+            place.sequences += 1
+        if not place.sequences:
+            owner.release(to.lease)
 
-    def _count_loss(self, attempt: Attempt) -> None:
-        """Keeps a request that kills replicas from walking through all of them."""
-        self._barren += attempt.broken
-        if self._barren >= MAX_BARREN:
-            request_id = self._request.request_id
-            log.error("request %s: %d replicas in a row were lost under it", request_id, self._barren)
-            raise InternalError(f"{self._barren} replicas in a row were lost under request {request_id}")
+    def _leave(self, sequence: _Sequence) -> None:
+        """Gives up the sequence's present place."""
+        attempt, place = sequence.attempt, sequence.place
+        sequence.attempt = sequence.place = None
+        if attempt is None or place is None:
+            return
+        place.link.close_attempt(attempt)
+        place.sequences -= 1
+        if not place.sequences:
+            self._owner.release(place.to.lease)
+
+    def _lose(self, sequence: _Sequence, attempt: Attempt, place: _Place) -> None:
+        """The sequence has to go on elsewhere. Raises InternalError where it kills replicas, before all are dead."""
+        request_id = self._request.request_id
+        sequence.barren += attempt.broken
+        if sequence.barren >= MAX_BARREN:
+            log.error("request %s: %d replicas in a row were lost under it", request_id, sequence.barren)
+            raise InternalError(f"{sequence.barren} replicas in a row were lost under request {request_id}")
+        log.warning(
+            "request %s leaves replica %s after %d tokens of sequence %d: %s",
+            request_id, place.to.replica, len(sequence.tokens), sequence.index, attempt.lost,
+        )  # fmt: skip
+        life = (place.to.replica, place.to.epoch)
+        if life not in self._excluded:  # once for all the sequences that it held
+            self._excluded.append(life)
+            self._owner.failovers += 1
+        self._leave(sequence)
 
     # Tokens.
 
-    def _merge(self, attempt: Attempt) -> Batch | None:
+    def _take(self) -> Batch | None:
+        """A batch of the next sequence that has something to pass on; None when there is nothing."""
+        for _ in range(len(self._turns)):
+            sequence = self._turns[0]
+            self._turns.rotate(-1)
+            attempt, place = sequence.attempt, sequence.place
+            if attempt is None or place is None:
+                continue
+            if attempt.outputs:
+                batch = self._merge(sequence, attempt)
+                if batch is not None:
+                    return batch
+            if attempt.lost is not None:
+                self._lose(sequence, attempt, place)
+            elif attempt.parked:
+                self._leave(sequence)
+        return None
+
+    def _merge(self, sequence: _Sequence, attempt: Attempt) -> Batch | None:
         """One batch of what has come; None when there is nothing to pass on."""
-        batch = Batch(attempt.step)
+        batch = Batch(sequence.index, attempt.step)
         for output in attempt.take():
             batch.token_ids += output.token_ids
-            if output.logprobs is not None:
-                batch.logprobs += output.logprobs
+            batch.logprobs += output.logprobs or ()
+            batch.traces += output.traces or ()
             if batch.cached_tokens is None:
                 batch.cached_tokens = output.cached_tokens
+            if output.prompt_logprobs is not None and self._wants_prompt:
+                batch.prompt_logprobs, self._wants_prompt = output.prompt_logprobs, False
             if output.finish is not None:
-                batch.finish = self._finish(output, attempt)
+                batch.finish = self._end(sequence, output, attempt)
         if batch.token_ids:
-            self._tokens += batch.token_ids
-            self._barren = 0
+            sequence.tokens += batch.token_ids
+            sequence.barren = 0
+        if batch.finish is not None:
+            self.finish(sequence.index)
         if batch.token_ids or batch.finish is not None or batch.cached_tokens is not None:
             return batch
         return None
 
-    def _finish(self, output: SequenceOutput, attempt: Attempt) -> FinishReason | None:
+    def _end(self, sequence: _Sequence, output: SequenceOutput, attempt: Attempt) -> FinishReason | None:
         """How the engine's end counts here: a cancellation that we did not ask for, and a first failure, are a
         replica lost."""
         if output.finish is FinishReason.ERROR:
-            self._errors += 1
+            sequence.errors += 1
             log.error("request %s: the engine failed: %s", self._request.request_id, output.error)
-            if self._errors > 1:
+            if sequence.errors > 1:
                 raise InternalError(f"the engine failed on request {self._request.request_id}")
             attempt.lost = output.error
             return None

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -16,9 +17,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from router.answer import Answer
+from router.bounds import check_token_ids, show
 from router.channels import ChannelPool, Connect, Timing
 from router.clock import Clock, LoopClock
-from router.dispatch import Dispatcher, Patience, Stream
+from router.dispatch import Batch, Dispatcher, Patience, Stream
 from router.interceptors import CallInterceptor, Tokens, current_call
 from router.local import FallbackRouter, LocalRouter
 from router.metrics import Metrics
@@ -26,7 +28,7 @@ from router.models import ServedModel
 from router.server import GatewayConfig, bind, server_options
 from router.state import Assignment, ReplicaView, RouterPort, State
 from router.stops import StopStrings
-from router.validate import check_token_ids, show, valid_request_id, validate
+from router.validate import ValidRequest, valid_request_id, validate
 from understudy.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, Overloaded
 from understudy.v1 import inference_pb2 as pb
 from understudy.v1 import inference_pb2_grpc
@@ -35,7 +37,7 @@ from workers.engine import FinishReason
 log = logging.getLogger(__name__)
 
 SERVICE = "understudy.v1.Inference"
-_INLINE = 2048  # characters or ids up to which work on them does not deserve a thread
+_INLINE = 2048  # bytes, characters or ids up to which work on them does not deserve a thread
 T = TypeVar("T")
 
 
@@ -91,18 +93,13 @@ class InferenceService:
         call.notes["model"] = model.name
         if len(self._dispatcher.streams) >= self._config.max_streams:
             raise Overloaded(f"this gateway carries {self._config.max_streams} streams, all it may; come back in 1 s")
-        encoded = None
-        if request.WhichOneof("prompt") == "text" and not request.HasField("resume"):
-            encoded = await _off_loop(len(request.text), lambda: model.text.encode(request.text))
-        infos = [k.info for k in self._dispatcher.pool.alive() if k.info.model == model.name]
-        valid = validate(request, model, tenant=call.tenant, encoded=encoded, infos=infos)
-        answer = Answer(valid, model, started, await _automaton(valid.stop))
-        whole = answer.complete()
-        if whole is not None:
-            for message in whole:
+        valid, answer = await self._prepare(request, model, call.tenant, started)
+        if not answer.to_make:
+            for message in answer.open():
                 await context.write(message)
             return
-        stream = self._dispatcher.open(valid, deadline)
+        stream = self._dispatcher.open(valid, deadline, answer.to_make)
+        had = answer.completion_tokens
         self._metrics.active.inc()
         self._metrics.prompt_tokens.labels(model.name).inc(len(valid.prompt))
         try:
@@ -110,17 +107,30 @@ class InferenceService:
         finally:
             stream.close()
             self._metrics.active.dec()
-            made = answer.completion_tokens - len(valid.received)
-            self._metrics.completion_tokens.labels(model.name).inc(made)
+            self._metrics.completion_tokens.labels(model.name).inc(answer.completion_tokens - had)
             call.notes.update(prompt_tokens=len(valid.prompt), completion_tokens=answer.completion_tokens)
-            if answer.finish is not None:
-                call.notes["finish"] = answer.finish.name
+            if answer.finished:
+                call.notes["finish"] = ",".join(reason.name for reason in answer.reasons)
+
+    async def _prepare(
+        self, request: pb.GenerateRequest, model: ServedModel, tenant: str, started: float
+    ) -> tuple[ValidRequest, Answer]:
+        """Checks, encodes, and gets ready to decode: in a thread, where that may take long."""
+        infos = [k.info for k in self._dispatcher.pool.alive() if k.info.model == model.name]
+
+        def prepare() -> tuple[ValidRequest, Answer]:
+            valid = validate(request, model, tenant=tenant, infos=infos)
+            stops = StopStrings(valid.stop) if valid.stop else None
+            return valid, Answer(valid, model, started, stops)
+
+        hard = request.HasField("format")  # a short grammar may be much work
+        return await _off_loop(_INLINE + 1 if hard else request.ByteSize(), prepare)
 
     async def _pump(self, stream: Stream, answer: Answer, context: Any, started: float) -> None:
         """Passes batches on until the answer is finished. Raises what `Stream.next` raises."""
         clock, metrics = self._clock, self._metrics
-        last: float | None = None
-        while answer.finish is None:
+        last: dict[int, float] = {}
+        while not answer.finished:
             try:
                 batch = await stream.next()
             except DeadlineExceeded:
@@ -130,15 +140,15 @@ class InferenceService:
             now = clock.now()
             if stream.info is not None:
                 answer.info = stream.info
-            messages = answer.add(batch, now)
-            if answer.finish is not None:
-                stream.close()  # a stop string: the engine may be running on
+            messages = await _off_loop(_told(batch), partial(answer.add, batch, now))
+            if answer.ended(batch.index):
+                stream.finish(batch.index)  # a stop string: the engine may be running on
             if batch.token_ids:
-                if last is None:
+                if not last:
                     metrics.first_token.observe(now - started)
-                else:
-                    metrics.between.observe(now - last)
-                last = now
+                elif batch.index in last:
+                    metrics.between.observe(now - last[batch.index])
+                last[batch.index] = now
             for message in messages:
                 await context.write(message)
 
@@ -195,10 +205,9 @@ async def _off_loop(size: int, work: Callable[[], T]) -> T:
     return work() if size <= _INLINE else await asyncio.to_thread(work)
 
 
-async def _automaton(stops: Sequence[str]) -> StopStrings | None:
-    if not stops:
-        return None
-    return await _off_loop(sum(map(len, stops)), lambda: StopStrings(stops))
+def _told(batch: Batch) -> int:
+    """How many tokens and likely tokens of the prompt a batch tells."""
+    return sum(1 + len(p.top) for p in batch.prompt_logprobs or ())
 
 
 class Gateway:

@@ -20,13 +20,15 @@ class SamplingDefaults:
     """What holds where a request says nothing.
 
     A checkpoint's generation_config.json with `do_sample` false means greedy, as in transformers; without the file,
-    or without `do_sample` in it, its values are taken where they are given, and 1, 0, 1, 0 where not.
+    or without `do_sample` in it, its values are taken where they are given, and 1, 0, 1, 0 where not. Its repetition
+    penalty holds either way.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
@@ -41,11 +43,9 @@ class SamplingDefaults:
             raise CheckpointError(
                 f"generation_config.json: eos_token_id is {eos!r}; it must be one token id or several"
             )
-        for name in ("repetition_penalty", "no_repeat_ngram_size"):
-            if given.get(name) not in (None, 0, 1.0):
-                log.warning("generation_config.json: %s = %r is not supported yet and left out", name, given[name])
-        if given.get("do_sample") is False:
-            return cls(temperature=0.0, eos_token_ids=ids)
+        for name in ("no_repeat_ngram_size", "bad_words_ids"):
+            if given.get(name) not in (None, 0, []):
+                log.warning("generation_config.json: %s = %r is not supported and left out", name, given[name])
 
         def number(name: str, default: float, low: float, high: float) -> float:
             value = given.get(name)
@@ -55,11 +55,15 @@ class SamplingDefaults:
                 raise CheckpointError(f"generation_config.json: {name} is {value!r}; it must be in [{low:g}, {high:g}]")
             return float(value)
 
+        penalty = number("repetition_penalty", 1.0, 1e-9, 10)
+        if given.get("do_sample") is False:
+            return cls(temperature=0.0, repetition_penalty=penalty, eos_token_ids=ids)
         return cls(
             temperature=number("temperature", 1.0, 0, 100),
             top_k=int(number("top_k", 0, 0, 2**31 - 1)),
             top_p=number("top_p", 1.0, 1e-9, 1),
             min_p=number("min_p", 0.0, 0, 1),
+            repetition_penalty=penalty,
             eos_token_ids=ids,
         )
 

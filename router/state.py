@@ -23,7 +23,7 @@ class Query(msgspec.Struct, frozen=True):
 
     `exclude` are lives (replica, epoch) that just failed this request. Where `fingerprint` and `numerics_id` are set,
     only replicas with both will do (a stream that goes on). `keys` are the prompt's block keys, for choosing by cached
-    prefix.
+    prefix. `sequences` go there together, and share the prompt.
     """
 
     model: str
@@ -32,6 +32,7 @@ class Query(msgspec.Struct, frozen=True):
     fingerprint: str = ""
     numerics_id: str = ""
     keys: tuple[bytes, ...] = ()
+    sequences: int = 1
 
 
 class Assignment(msgspec.Struct, frozen=True):
@@ -84,6 +85,7 @@ class TimeSource(Protocol):
 class _Lease:
     replica: str
     tokens: int
+    sequences: int
     granted_at: float
 
 
@@ -181,7 +183,7 @@ class Router:
         rate = max((self._replicas[c.replica].prefill_rate for c in candidates), default=0.0)
         chosen = choose(admit(candidates, self._limits, rate), query.prompt_tokens)
         entry, number = self._replicas[chosen.replica], next(self._numbers)
-        self._leases[number] = _Lease(chosen.replica, query.prompt_tokens, self._clock.now())
+        self._leases[number] = _Lease(chosen.replica, query.prompt_tokens, query.sequences, self._clock.now())
         return Assignment(chosen.replica, entry.address, entry.epoch, number)
 
     def release(self, leases: Sequence[int]) -> None:
@@ -232,11 +234,11 @@ class Router:
         return same
 
     def _granted(self) -> dict[str, tuple[int, int]]:
-        """Grants that still count, by replica: how many, and their prompt tokens."""
+        """Grants that still count, by replica: how many sequences, and their prompt tokens."""
         counts: dict[str, tuple[int, int]] = {}
         for lease in self._leases.values():
             number, tokens = counts.get(lease.replica, (0, 0))
-            counts[lease.replica] = number + 1, tokens + lease.tokens
+            counts[lease.replica] = number + lease.sequences, tokens + lease.tokens
         return counts
 
     def _candidate(self, name: str, granted: tuple[int, int]) -> Candidate:

@@ -1,73 +1,42 @@
 """A protobuf request becomes one frozen `ValidRequest`, or an InvalidRequest that names field, value and bound.
 
-Nothing is checked again after this. What the API names and this version does not serve is refused, never dropped.
+Nothing is checked again after this. What contradicts itself is refused, never half served.
 """
 
 from __future__ import annotations
 
-import math
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from router import choosing
+from router.bounds import check_strings, check_token_ids, show, within
 from router.models import ServedModel
 from understudy.errors import CannotResume, InvalidRequest
 from understudy.v1 import inference_pb2 as pb
-from workers.engine import EngineInfo, Request, Sampling
+from workers.engine import EngineInfo, Grammar, Interjection, Probe, Request, Sampling
 
 MAX_REQUEST_ID = 128
 MAX_STOPS = 64
 MAX_STOP_BYTES = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_SALT_BYTES = 256
-MAX_LOGPROBS = 20
-_SHOWN = 60  # characters of a value that an error repeats
-
-
-@dataclass(frozen=True)
-class Bound:
-    """An interval; `open_low` leaves out its lower end."""
-
-    low: float
-    high: float
-    open_low: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        return (
-            math.isfinite(value) and (self.low < value if self.open_low else self.low <= value) and value <= self.high
-        )
-
-    def __str__(self) -> str:
-        return f"{'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
-
-
-BOUNDS = {
-    "sampling.temperature": Bound(0, 100),
-    "sampling.top_k": Bound(0, 2**31 - 1),
-    "sampling.top_p": Bound(0, 1, open_low=True),
-    "sampling.min_p": Bound(0, 1),
-    "sampling.repetition_penalty": Bound(0, 10, open_low=True),
-    "sampling.presence_penalty": Bound(-2, 2),
-    "sampling.frequency_penalty": Bound(-2, 2),
-    "sampling.n": Bound(1, 128),
-    "response.logprobs": Bound(0, MAX_LOGPROBS),
-    "response.prompt_logprobs": Bound(0, MAX_LOGPROBS),
-    "priority": Bound(-100, 100),
-}
 
 
 @dataclass(frozen=True)
 class ValidRequest:
     """One request, complete: every default is filled in and every value is within its bound.
 
-    `received` are the tokens that the client already has of a stream that goes on here, and `pinned` the model
-    fingerprint and numerics id that it must go on with.
+    `received` are the tokens that the client already has of a stream that goes on here, by sequence: one that is not
+    there starts anew. `pinned` are the model fingerprint and numerics id that it must go on with; None where the
+    stream begins here.
     """
 
     request_id: str
     model: str
     prompt: list[int]
     sampling: Sampling
+    n: int
     max_tokens: int
     min_tokens: int
     eos_ids: list[int]
@@ -76,20 +45,34 @@ class ValidRequest:
     include_stop: bool
     want_token_ids: bool
     logprobs: int | None
-    trace: bool
+    prompt_logprobs: int | None
+    echo: bool
+    probe: Probe | None
     cache_salt: str
     bypass_prefix_cache: bool
     priority: int
-    received: list[int]
+    received: Mapping[int, list[int]]
     pinned: tuple[str, str] | None
+    grammar: Grammar | None = None
+    interjection: Interjection | None = None
 
-    def to_engine(self, id: str, generated: list[int]) -> Request:
-        """What a replica is sent; `generated` are the tokens that need not be made again."""
+    def received_of(self, index: int) -> list[int]:
+        """What the client has of one sequence."""
+        return self.received.get(index, [])
+
+    def to_engine(
+        self, id: str, index: int, generated: list[int], family: str = "", prompt_logprobs: bool = False
+    ) -> Request:
+        """What a replica is sent of one sequence; `generated` are the tokens that need not be made again.
+
+        Of the sequences of one prompt, which have one `family`, one tells its logprobs where they are asked for.
+        """
         return Request(
             id=id,
             prompt=self.prompt,
             max_tokens=self.max_tokens,
             sampling=self.sampling,
+            index=index,
             generated=generated,
             min_tokens=self.min_tokens,
             eos_ids=self.eos_ids,
@@ -98,34 +81,12 @@ class ValidRequest:
             cache_salt=self.cache_salt,
             bypass_prefix_cache=self.bypass_prefix_cache,
             priority=self.priority,
+            family=family,
+            prompt_logprobs=self.prompt_logprobs if prompt_logprobs else None,
+            grammar=self.grammar,
+            interjection=self.interjection,
+            probe=self.probe,
         )
-
-
-def show(value: object) -> str:
-    """A value for an error message, never longer than a header may be."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
-
-
-def _within(field: str, value: float) -> float:
-    if value not in BOUNDS[field]:
-        raise InvalidRequest(f"is {value:g}; it must be in {BOUNDS[field]}", field)
-    return value
-
-
-def _unsupported(field: str, way_out: str) -> InvalidRequest:
-    return InvalidRequest(f"is not supported yet; {way_out}", field)
-
-
-def check_token_ids(field: str, ids: Iterable[int], vocab_size: int) -> list[int]:
-    """`ids` as a list. Raises InvalidRequest naming the first id that is outside the vocabulary."""
-    found = list(ids)
-    if found and max(found) >= vocab_size:
-        index = next(i for i, id in enumerate(found) if id >= vocab_size)
-        raise InvalidRequest(
-            f"[{index}] is {found[index]}; ids must be below the vocabulary size of {vocab_size}", field
-        )
-    return found
 
 
 def valid_request_id(given: str) -> str:
@@ -137,40 +98,6 @@ def valid_request_id(given: str) -> str:
     if not all(0x20 <= ord(c) < 0x7F for c in given):
         raise InvalidRequest(f"is {show(given)}; only printable ASCII characters are allowed", "request_id")
     return given
-
-
-def _sampling(message: pb.Sampling, model: ServedModel, seed: int) -> Sampling:
-    d = model.defaults
-
-    def number(name: str, default: float) -> float:
-        return _within(f"sampling.{name}", getattr(message, name)) if message.HasField(name) else default
-
-    if number("n", 1) != 1:
-        raise _unsupported("sampling.n", f"is {message.n}: leave it out or set 1, and send the request several times")
-    for name, neutral in (("repetition_penalty", 1.0), ("presence_penalty", 0.0), ("frequency_penalty", 0.0)):
-        if number(name, neutral) != neutral:
-            raise _unsupported(f"sampling.{name}", f"leave it out or set {neutral:g}")
-    if message.logit_bias:
-        raise _unsupported("sampling.logit_bias", "leave it out")
-    return Sampling(
-        temperature=number("temperature", d.temperature),
-        top_k=int(number("top_k", d.top_k)),
-        top_p=number("top_p", d.top_p),
-        min_p=number("min_p", d.min_p),
-        seed=seed,
-    )
-
-
-def _stop_strings(stops: Sequence[str]) -> tuple[str, ...]:
-    if len(stops) > MAX_STOPS:
-        raise InvalidRequest(f"has {len(stops)} strings; at most {MAX_STOPS} are allowed", "stopping.stop")
-    for i, stop in enumerate(stops):
-        size = len(stop.encode())
-        if not 1 <= size <= MAX_STOP_BYTES:
-            raise InvalidRequest(
-                f"[{i}] has {size} bytes; each must have between 1 and {MAX_STOP_BYTES} bytes of UTF-8", "stopping.stop"
-            )
-    return tuple(dict.fromkeys(stops))
 
 
 def _room(prompt_tokens: int, max_context: int) -> int:
@@ -203,8 +130,8 @@ def _lengths(message: pb.Stopping, prompt_tokens: int, max_context: int) -> tupl
     return max_tokens, message.min_tokens
 
 
-def _prompt(request: pb.GenerateRequest, model: ServedModel, encoded: list[int] | None) -> list[int]:
-    """The prompt's ids; `encoded` are those of its text."""
+def _prompt(request: pb.GenerateRequest, model: ServedModel) -> list[int]:
+    """The prompt's ids. Raises InvalidRequest."""
     kind = request.WhichOneof("prompt")
     if kind == "token_ids":
         _room(len(request.token_ids.ids), model.info.max_context)  # before millions of them are looked at
@@ -212,7 +139,7 @@ def _prompt(request: pb.GenerateRequest, model: ServedModel, encoded: list[int] 
         if not ids:
             raise InvalidRequest("is empty; give at least one token id", "token_ids.ids")
     elif kind == "text":
-        ids = encoded if encoded is not None else model.text.encode(request.text)
+        ids = model.text.encode(request.text)
         if not ids:
             raise InvalidRequest(
                 "is empty and this model's tokenizer adds no token to it; give at least one character", "text"
@@ -238,19 +165,24 @@ def _check_identity(resume: pb.Resume, infos: Sequence[EngineInfo]) -> tuple[str
     )
 
 
-def _resumed(request: pb.GenerateRequest, model: ServedModel) -> tuple[list[int], list[int]]:
-    """Prompt and received ids of a stream that goes on. Raises InvalidRequest."""
+def _resumed(request: pb.GenerateRequest, model: ServedModel, n: int) -> tuple[list[int], dict[int, list[int]]]:
+    """Prompt, and received ids by sequence, of a stream that goes on. Raises InvalidRequest."""
     resume, info = request.resume, model.info
     prompt = check_token_ids("resume.prompt_token_ids", resume.prompt_token_ids, info.vocab_size)
     if not prompt:
         raise InvalidRequest("is empty; give the ids of PromptInfo", "resume.prompt_token_ids")
     if request.WhichOneof("prompt") == "token_ids" and list(request.token_ids.ids) != prompt:
         raise InvalidRequest("differs from token_ids; send the request as it was", "resume.prompt_token_ids")
-    received: list[int] = []
+    received: dict[int, list[int]] = {}
     for i, state in enumerate(resume.sequences):
-        if state.index != 0 or i > 0:
-            raise InvalidRequest(f"[{i}] has index {state.index}; this request has one sequence, 0", "resume.sequences")
-        received = check_token_ids("resume.sequences[0].token_ids", state.token_ids, info.vocab_size)
+        if state.index >= n:
+            raise InvalidRequest(
+                f"[{i}] has index {state.index}; this request has {n}, counted from 0", "resume.sequences"
+            )
+        if state.index in received:
+            raise InvalidRequest(f"[{i}] has index {state.index}, as one before it", "resume.sequences")
+        field = f"resume.sequences[{i}].token_ids"
+        received[state.index] = check_token_ids(field, state.token_ids, info.vocab_size)
     return prompt, received
 
 
@@ -283,46 +215,46 @@ def validate(
     model: ServedModel,
     *,
     tenant: str = "",
-    encoded: list[int] | None = None,
     infos: Sequence[EngineInfo] = (),
     draw: Callable[[], int] = draw_seed,
 ) -> ValidRequest:
-    """The whole check. `encoded` are the ids of `request.text` where the caller has them already; `infos` are the
-    replicas that a stream could go on at, where they are known better than by `model.info`.
+    """The whole check, and the encoding of texts: long ones take a while. `infos` are the replicas that a stream could
+    go on at, where they are known better than by `model.info`.
 
     Raises InvalidRequest or CannotResume.
     """
     info, stopping, response = model.info, request.stopping, request.response
     request_id = valid_request_id(request.request_id)
-    _within("priority", request.priority)
+    within("priority", request.priority)
     resumed = request.HasField("resume")
-    sampling = _sampling(request.sampling, model, _seed(request, resumed, draw))
-    stops = _stop_strings(stopping.stop)
+    n = choosing.sequences(request.sampling)
+    sampling = choosing.sampling(request.sampling, model, _seed(request, resumed, draw))
+    stops = check_strings("stopping.stop", stopping.stop, MAX_STOPS, MAX_STOP_BYTES)
     if len(stopping.stop_token_ids) > MAX_STOP_TOKEN_IDS:
         raise InvalidRequest(
             f"has {len(stopping.stop_token_ids)} ids; at most {MAX_STOP_TOKEN_IDS} are allowed",
             "stopping.stop_token_ids",
         )
     stop_ids = check_token_ids("stopping.stop_token_ids", stopping.stop_token_ids, info.vocab_size)
-    if response.HasField("prompt_logprobs"):
-        _within("response.prompt_logprobs", response.prompt_logprobs)
-        raise _unsupported("response.prompt_logprobs", "leave it out")
-    if response.echo:
-        raise _unsupported("response.echo", "leave it out, and put the prompt before the answer yourself")
-    logprobs = int(_within("response.logprobs", response.logprobs)) if response.HasField("logprobs") else None
+    probe = choosing.probe(response, info.layers)
+    if request.HasField("format"):
+        raise InvalidRequest("is not supported yet; leave it out", "format")
     salt = _salt(request.kv, tenant)
     pinned = _check_identity(request.resume, infos or (info,)) if resumed else None
-    prompt, received = _resumed(request, model) if resumed else (_prompt(request, model, encoded), [])
+    prompt, received = _resumed(request, model, n) if resumed else (_prompt(request, model), {})
     max_tokens, min_tokens = _lengths(stopping, len(prompt), info.max_context)
-    if len(received) > max_tokens:
-        raise InvalidRequest(
-            f"has {len(received)} ids, more than max_tokens, which is {max_tokens}", "resume.sequences[0].token_ids"
-        )
+    for i, state in enumerate(request.resume.sequences):
+        if len(state.token_ids) > max_tokens:
+            raise InvalidRequest(
+                f"has {len(state.token_ids)} ids, more than max_tokens, which is {max_tokens}",
+                f"resume.sequences[{i}].token_ids",
+            )
     return ValidRequest(
         request_id=request_id,
         model=model.name,
         prompt=prompt,
         sampling=sampling,
+        n=n,
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         eos_ids=[] if stopping.ignore_eos else list(model.defaults.eos_token_ids),
@@ -330,11 +262,18 @@ def validate(
         stop_ids=stop_ids,
         include_stop=stopping.include_stop,
         want_token_ids=response.token_ids if response.HasField("token_ids") else True,
-        logprobs=logprobs,
-        trace=response.trace,
+        logprobs=_count(response, "logprobs"),
+        prompt_logprobs=_count(response, "prompt_logprobs"),
+        echo=response.echo,
+        probe=probe,
         cache_salt=salt,
         bypass_prefix_cache=request.kv.bypass_prefix_cache,
         priority=request.priority,
         received=received,
         pinned=pinned,
     )
+
+
+def _count(response: pb.ResponseOptions, name: str) -> int | None:
+    """How many logprobs; None where none are asked for."""
+    return int(within(f"response.{name}", getattr(response, name))) if response.HasField(name) else None

@@ -46,6 +46,7 @@ def build_engine(config: EngineConfig, progress: Callable[[int, int], None] | No
         cache_bytes=its.cache_bytes,
         max_running=max_running,
         chunk_tokens=chunk_tokens,
+        layers=its.layers,
     )
     cache = CacheManager(its.blocks, its.windows, BLOCK, config.prefix_cache)
     return EngineCore(runner, info, cache, runner.ops)

@@ -172,7 +172,7 @@ class StepOutput(msgspec.Struct, array_like=True, tag=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """What an engine is, told once."""
+    """What an engine is, told once. `layers` is 0 where nobody says."""
 
     model: str
     model_fingerprint: str
@@ -186,6 +186,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     cache_bytes: int
     max_running: int
     chunk_tokens: int
+    layers: int = 0
 
 
 class EngineStats(msgspec.Struct):

@@ -13,12 +13,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from workers.engine.contract import (
+    Candidate,
     EngineInfo,
     EngineStats,
     FinishReason,
+    LayerAttention,
+    LayerExperts,
     Request,
     SequenceOutput,
     TokenLogprob,
+    TokenTrace,
 )
 from workers.engine.sequence import finish_of
 
@@ -173,7 +177,7 @@ class FakeEngine:
         s = request.sampling
         digest = hashlib.blake2b(repr((request.prompt, s.seed, request.index)).encode(), digest_size=8).digest()
         keys, cached = self._blocks(request), 0
-        if not request.bypass_prefix_cache:
+        if not request.bypass_prefix_cache and request.prompt_logprobs is None:
             for key in keys:
                 if key not in self._cached:
                     break
@@ -209,6 +213,8 @@ class FakeEngine:
         request, output = sequence.request, SequenceOutput(sequence.request.id, [])
         if not sequence.reported:
             sequence.reported, output.cached_tokens = True, sequence.cached
+            if request.prompt_logprobs is not None:
+                output.prompt_logprobs = [self._logprob(t, request.prompt_logprobs) for t in request.prompt[1:]]
             self._cached.update(dict.fromkeys(sequence.blocks))
             while len(self._cached) > self._info.blocks:
                 del self._cached[next(iter(self._cached))]
@@ -224,6 +230,8 @@ class FakeEngine:
             output.token_ids = [token]
             if request.logprobs is not None:
                 output.logprobs = [self._logprob(token, request.logprobs)]
+            if request.probe is not None:
+                output.traces = [self._trace(request, token, sequence.made)]
             output.finish = finish_of(request, sequence.made, [token])
         if output.finish is not None:
             del self._running[request.id]
@@ -253,3 +261,15 @@ class FakeEngine:
         count = min(count, self._info.vocab_size)
         top = [((token + i) % self._info.vocab_size, -0.25 - i) for i in range(count)]
         return TokenLogprob(-0.25, 1, top)
+
+    def _trace(self, request: Request, token: int, made: int) -> TokenTrace:
+        """A trace with all that was asked for: halves and quarters, two experts in layer 1, attention to the ends."""
+        probe, vocab = request.probe, self._info.vocab_size
+        assert probe is not None
+        candidates = [
+            Candidate((token + i) % vocab, 0.5 ** (i + 1), 0.0 if i else 1.0) for i in range(probe.candidates)
+        ]
+        experts = [LayerExperts(1, [token % 4, 4 + token % 4], [0.75, 0.25])] if probe.experts else []
+        length = len(request.prompt) + made - 1  # the row that made the token is the last that it attends to
+        weights = [0.5] + [0.0] * (length - 2) + [0.5] if length > 1 else [1.0]
+        return TokenTrace(candidates, experts, [LayerAttention(layer, 0, weights) for layer in probe.attention])

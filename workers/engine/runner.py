@@ -41,6 +41,7 @@ class RunnerInfo:
     blocks: tuple[int, ...]
     windows: tuple[int | None, ...]
     cache_bytes: int
+    layers: int = 0
 
 
 class Runner:
@@ -65,6 +66,7 @@ class Runner:
             blocks=(blocks,) * len(spec.groups),
             windows=tuple(g.window for g in spec.groups),
             cache_bytes=sum(cache.bytes for cache in self._caches),
+            layers=sum(len(g.layers) for g in spec.groups),
         )
 
     @classmethod

@@ -30,12 +30,24 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("sampling.min_p", {"sampling": S(min_p=1.5)}, r"is 1.5; it must be in \[0, 1\]"),
     ("sampling.top_k", {"sampling": S(top_k=2**31)}, "it must be in"),
     ("sampling.n", {"sampling": S(n=0)}, r"must be in \[1, 128\]"),
-    ("sampling.n", {"sampling": S(n=2)}, "is not supported yet"),
-    ("sampling.repetition_penalty", {"sampling": S(repetition_penalty=1.2)}, "is not supported yet"),
+    ("sampling.n", {"sampling": S(n=129)}, r"is 129; it must be in \[1, 128\]"),
+    ("sampling.repetition_penalty", {"sampling": S(repetition_penalty=11)}, r"is 11; it must be in \(0, 10\]"),
     ("sampling.repetition_penalty", {"sampling": S(repetition_penalty=0)}, r"must be in \(0, 10\]"),
-    ("sampling.presence_penalty", {"sampling": S(presence_penalty=0.5)}, "is not supported yet"),
+    ("sampling.presence_penalty", {"sampling": S(presence_penalty=-2.5)}, r"must be in \[-2, 2\]"),
+    ("sampling.presence_penalty", {"sampling": S(presence_penalty=math.nan)}, "is nan"),
     ("sampling.frequency_penalty", {"sampling": S(frequency_penalty=3)}, r"must be in \[-2, 2\]"),
-    ("sampling.logit_bias", {"sampling": S(logit_bias={1: 1.0})}, "is not supported yet"),
+    ("sampling.logit_bias", {"sampling": S(logit_bias={1: 101.0})}, r"of token 1 is 101; it must be in \[-100, 100\]"),
+    ("sampling.logit_bias", {"sampling": S(logit_bias={7: math.nan})}, "of token 7 is nan"),
+    ("sampling.logit_bias", {"sampling": S(logit_bias={300: 1.0})}, "names token 300; .* vocabulary size of 300"),
+    (
+        "sampling.logit_bias",
+        {"sampling": S(logit_bias=dict.fromkeys(range(1025), 1.0))},
+        "has 1025 entries; at most 1024",
+    ),
+    ("sampling.bad_words", {"sampling": S(bad_words=["x"] * 65)}, "has 65 strings; at most 64"),
+    ("sampling.bad_words", {"sampling": S(bad_words=["a", ""])}, r"\[1\] has 0 bytes; .* between 1 and 1024"),
+    ("sampling.bad_words", {"sampling": S(bad_words=["é" * 513])}, r"\[0\] has 1026 bytes"),
+    ("sampling.bad_words", {"sampling": S(bad_words=["x" * 16])}, r"\[0\] is 'x+', which takes 17 tokens; at most 16"),
     ("stopping.max_tokens", {"stopping": T(max_tokens=0)}, "at least 1"),
     ("stopping.max_tokens", {"stopping": T(max_tokens=255)}, "is 255; with 2 prompt tokens .* 256 leaves room for 254"),
     ("stopping.min_tokens", {"stopping": T(max_tokens=3, min_tokens=4)}, "is 4; it must be at most max_tokens, .* 3"),
@@ -45,8 +57,22 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("stopping.stop_token_ids", {"stopping": T(stop_token_ids=[5, 300])}, r"\[1\] is 300; .* vocabulary size of 300"),
     ("stopping.stop_token_ids", {"stopping": T(stop_token_ids=[1] * 1025)}, "has 1025 ids"),
     ("response.logprobs", {"response": R(logprobs=21)}, r"is 21; it must be in \[0, 20\]"),
-    ("response.prompt_logprobs", {"response": R(prompt_logprobs=1)}, "is not supported yet"),
-    ("response.echo", {"response": R(echo=True)}, "is not supported yet"),
+    ("response.prompt_logprobs", {"response": R(prompt_logprobs=21)}, r"is 21; it must be in \[0, 20\]"),
+    (
+        "response.trace_options",
+        {"response": R(trace_options=pb.TraceOptions(candidates=3))},
+        "is given, but response.trace is not set",
+    ),
+    (
+        "response.trace_options.candidates",
+        {"response": R(trace=True, trace_options=pb.TraceOptions(candidates=21))},
+        r"is 21; it must be in \[0, 20\]",
+    ),
+    (
+        "response.trace_options.attention_layers",
+        {"response": R(trace=True, trace_options=pb.TraceOptions(attention_layers=range(9)))},
+        "has 9 layers; at most 8",
+    ),
     ("kv.cache_salt", {"kv": pb.KvOptions(cache_salt="x" * 257)}, "has 257 bytes"),
     ("priority", {"priority": 101}, r"is 101; it must be in \[-100, 100\]"),
     ("request_id", {"request_id": "x" * 129}, "has 129 characters"),
@@ -93,7 +119,9 @@ async def test_no_model_yet(stage: Stage) -> None:
         ({"numerics_id": "other"}, "CANNOT_RESUME"),
         ({"prompt_token_ids": []}, "INVALID_REQUEST"),
         ({"prompt_token_ids": [1, 300]}, "INVALID_REQUEST"),
-        ({"sequences": [pb.SequenceState(index=1)]}, "INVALID_REQUEST"),
+        ({"sequences": [pb.SequenceState(index=3)]}, "INVALID_REQUEST"),
+        ({"sequences": [pb.SequenceState(index=1), pb.SequenceState(index=1)]}, "INVALID_REQUEST"),
+        ({"sequences": [pb.SequenceState(index=1, token_ids=[3] * 6)]}, "INVALID_REQUEST"),
         ({"sequences": [pb.SequenceState(token_ids=[300])]}, "INVALID_REQUEST"),
         ({"sequences": [pb.SequenceState(token_ids=[3] * 6)]}, "INVALID_REQUEST"),
         ({"seed": 9}, "INVALID_REQUEST"),
@@ -103,7 +131,7 @@ async def test_what_cannot_be_resumed(stage: Stage, change: dict[str, Any], kind
     await stage.open()
     fields: dict[str, Any] = {"model_fingerprint": "fake", "numerics_id": "fake", "prompt_token_ids": b"hi", "seed": 4}
     resume = pb.Resume(**(fields | change))
-    code, said, info, _ = await stage.refused(resume=resume, stopping=T(max_tokens=5), sampling=S(seed=4))
+    code, said, info, _ = await stage.refused(resume=resume, stopping=T(max_tokens=5), sampling=S(seed=4, n=3))
     assert info.reason == kind, said
     assert code == ("FAILED_PRECONDITION" if kind == "CANNOT_RESUME" else "INVALID_ARGUMENT")
     assert "resume." in said
