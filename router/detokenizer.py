@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
+from itertools import islice
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
@@ -64,14 +66,20 @@ class ByteDecoder:
 
 
 class WindowDecoder:
-    """Decodes a window of tokens with and without the latest; the difference is new text."""
+    """Decodes a window of tokens with and without the latest; the difference is new text.
 
-    __slots__ = ("_ids", "_known", "_sent", "_tokenizer")
+    `silent` ids have no text; they never enter the window: the first token in it reads as if it began the text, and
+    must be one that was given out.
+    """
+
+    __slots__ = ("_ids", "_known", "_sent", "_silent", "_tokenizer")
     _WINDOW = 6
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], silent: AbstractSet[int] = frozenset()) -> None:
         self._tokenizer = tokenizer
-        self._ids = list(prompt[-self._WINDOW :])
+        self._silent = silent
+        spoken = (id for id in reversed(prompt) if id not in silent)
+        self._ids = [*islice(spoken, self._WINDOW)][::-1]
         self._sent = len(self._ids)  # ids whose text was given out
         self._known = self._text(self._ids)
 
@@ -80,6 +88,8 @@ class WindowDecoder:
         return text
 
     def push(self, id: int) -> str:
+        if id in self._silent:
+            return ""
         self._ids.append(id)
         text = self._text(self._ids)
         if text.endswith(REPLACEMENT) and len(self._ids) - self._sent < 4:

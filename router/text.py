@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer, processors
 
 from router.detokenizer import ByteDecoder, Decoder, WindowDecoder
 from understudy.errors import CheckpointError
@@ -136,6 +136,7 @@ class ModelText:
                 "tokenizer.json: cannot be loaded: its vocabulary and merges do not belong together, or a newer "
                 f"version of the tokenizers library wrote it; fetch the checkpoint again ({error})"
             ) from error
+        self._add_tokens(config)
         vocab = self.tokenizer.get_vocab(with_added_tokens=True)
         if not vocab:
             raise CheckpointError("tokenizer.json: the vocabulary is empty")
@@ -174,18 +175,52 @@ class ModelText:
                 )
         return parsed
 
+    def _add_tokens(self, config: Mapping[str, Any]) -> None:
+        """Adds what `added_tokens_decoder` of the config has and tokenizer.json lacks, under the ids given there."""
+        entries = config.get("added_tokens_decoder") or {}
+        if not isinstance(entries, Mapping):
+            raise CheckpointError("tokenizer_config.json: added_tokens_decoder is not an object")
+        try:
+            wanted = sorted(
+                ((int(id), str(token["content"]), token) for id, token in entries.items()), key=lambda e: e[0]
+            )
+        except (TypeError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                "tokenizer_config.json: added_tokens_decoder must map ids to objects with a `content`"
+            ) from error
+        for id, content, token in wanted:
+            if self.tokenizer.token_to_id(content) is None:
+                flags = {
+                    k: bool(token.get(k, False)) for k in ("special", "lstrip", "rstrip", "single_word", "normalized")
+                }
+                self.tokenizer.add_tokens([AddedToken(content, **flags)])
+            if (got := self.tokenizer.token_to_id(content)) != id:
+                raise CheckpointError(
+                    f"tokenizer_config.json: added_tokens_decoder gives {content!r} the id {id}, tokenizer.json {got}; "
+                    "use files of one checkpoint"
+                )
+
     def _add_bos_and_eos(self, config: Mapping[str, Any], vocab: Mapping[str, int]) -> None:
-        """Follows `add_bos_token` and `add_eos_token` where the config says them, as fast tokenizers do."""
-        if "add_bos_token" not in config and "add_eos_token" not in config:
-            return
-        bos = _content(config.get("bos_token")) if config.get("add_bos_token") else None
-        eos = _content(config.get("eos_token")) if config.get("add_eos_token") else None
-        for name, token in (("bos_token", bos), ("eos_token", eos)):
+        """Adds BOS and EOS where the config asks for them and tokenizer.json's post-processor does not.
+
+        What the post-processor adds stays: it is the only rule that transformers 5 follows. Its version 4 and
+        llama.cpp add what the config asks for, and models were trained so whose file lacks it (DeepSeek-V2 and V3).
+        """
+        bare, made = self.encode("a", False), self.encode("a")
+        start = next((i for i in range(len(made)) if made[i : i + len(bare)] == bare), 0)
+        before, after = made[:start], made[start + len(bare) :]
+        wanted = []
+        for key, there in (("bos_token", before[:1]), ("eos_token", after[-1:])):
+            token = _content(config.get(key)) if config.get(f"add_{key}") else None
             if token is not None and token not in vocab:
-                raise CheckpointError(f"tokenizer_config.json: {name} {token!r} is not in tokenizer.json's vocabulary")
-        single = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
+                raise CheckpointError(f"tokenizer_config.json: {key} {token!r} is not in tokenizer.json's vocabulary")
+            wanted.append([vocab[token]] if token is not None and there != [vocab[token]] else [])
+        if not any(wanted):
+            return
+        names = {id: str(self.tokenizer.id_to_token(id)) for id in (*wanted[0], *before, *after, *wanted[1])}
+        ends = [[names[id] for id in ids] for ids in (wanted[0] + before, after + wanted[1])]
         self.tokenizer.post_processor = processors.TemplateProcessing(
-            single=single, special_tokens=[(t, vocab[t]) for t in dict.fromkeys(t for t in (bos, eos) if t)]
+            single=[*ends[0], "$A", *ends[1]], special_tokens=[(token, id) for id, token in names.items()]
         )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -216,5 +251,5 @@ class ModelText:
     def decoder(self, prompt: Sequence[int]) -> Decoder:
         """An incremental decoder of what follows `prompt`."""
         if self._bytes is None:
-            return WindowDecoder(self.tokenizer, prompt)
+            return WindowDecoder(self.tokenizer, prompt, self._special_ids)
         return ByteDecoder(self._spoken, self._bytes.errors, self._bytes.strip, prompt)

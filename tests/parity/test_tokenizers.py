@@ -32,13 +32,18 @@ TRANSFORMERS_JS = {
 }
 # Decoded with a clean-up of spaces that this service, like transformers today, does not do.
 CLEANED_UP = {"gpt2": {"PUNCTUATION"}, "llama3": {"PUNCTUATION"}}
-ALL = ("gpt2", "llama3", "tinyllama", "qwen3", "deepseek-llm", "gpt-oss", "minimind")
+ALL = ("gpt2", "llama3", "tinyllama", "qwen3", "deepseek-llm", "gpt-oss", "minimind", "stories260K", "demo")
+BYTE_FALLBACK = ("tinyllama", "stories260K")
+ELSEWHERE = {
+    "stories260K": Path("weights", "stories260K-hf"),
+    "demo": Path(__file__).parents[2] / "models" / "demo",
+}
 _loaded: dict[str, ModelText] = {}
 
 
 def load(oracles: Path, name: str) -> ModelText:
     if name not in _loaded:
-        folder = oracles / "tokenizers" / name
+        folder = oracles / ELSEWHERE.get(name, Path("tokenizers", name))
         config = folder / "tokenizer_config.json"
         settings_ = json.loads(config.read_text()) if config.is_file() else {}
         _loaded[name] = ModelText((folder / "tokenizer.json").read_bytes(), settings_)
@@ -110,11 +115,30 @@ def test_random_ids_stream_as_the_library_decodes_them(oracles: Path, name: str)
         received = rng.randrange(len(ids))
         answer, _ = streamed(text, [], ids)
         assert answer == text.decode(ids)
-        if name != "tinyllama":
+        if name not in BYTE_FALLBACK:
             assert answer == text.tokenizer.decode(ids, skip_special_tokens=True)
         again = Detokenizer(text.decoder([]), received=ids[:received])
         parts = [again.received_text, *(again.push([i]).text for i in ids[received:]), again.finish().text]
         assert "".join(parts) == answer
+
+
+@pytest.mark.parametrize("name", ALL)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_ids_stream_as_the_whole_decodes(oracles: Path, name: str, data: st.DataObject) -> None:
+    """Whatever the ids (special, unknown, half characters), however many come at once, wherever the prompt ends."""
+    text = load(oracles, name)
+    added = sorted(text.tokenizer.get_added_tokens_decoder())
+    id_ = st.one_of(st.integers(0, text.vocab_size - 1), st.integers(0, 300), st.sampled_from(added))
+    ids = data.draw(st.lists(id_, max_size=40))
+    cut, batch = data.draw(st.integers(0, len(ids))), data.draw(st.integers(1, 5))
+    detokenizer = Detokenizer(text.decoder([]), received=ids[:cut])
+    pieces = [detokenizer.push(ids[i : i + batch]) for i in range(cut, len(ids), batch)] + [detokenizer.finish()]
+    assert detokenizer.received_text + "".join(p.text for p in pieces) == text.decode(ids)
+    assert sum(p.ids for p in pieces) == len(ids) - cut
+    if name not in BYTE_FALLBACK:
+        assert text.decode(ids) == text.tokenizer.decode(ids, skip_special_tokens=True)
+        assert text.decode(ids, False) == text.tokenizer.decode(ids, skip_special_tokens=False)
 
 
 @settings(max_examples=150, deadline=None)
@@ -136,16 +160,46 @@ def test_any_text_streams_whole_with_byte_fallback(oracles: Path, data: st.DataO
         assert 0 <= held < 4
 
 
-@pytest.mark.parametrize("name", ["tinyllama", "qwen3", "minimind", "gpt-oss"])
+@pytest.mark.parametrize("name", ALL)
 def test_special_tokens_as_transformers_adds_them(oracles: Path, name: str) -> None:
+    """`PreTrainedTokenizerFast`, for the `LlamaTokenizer` of transformers 5 builds its own rules for spaces instead of
+    the file's, and then differs from llama.cpp's ids."""
     from transformers import PreTrainedTokenizerFast
 
-    folder = oracles / "tokenizers" / name
-    reference = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    reference = PreTrainedTokenizerFast.from_pretrained(str(oracles / ELSEWHERE.get(name, Path("tokenizers", name))))
     text = load(oracles, name)
-    for given_ in ("", "Hello world", "  two spaces", "né"):
+    special = "".join(f" a {t.content} b" for t in list(text.tokenizer.get_added_tokens_decoder().values())[:40])
+    for given_ in ("", "Hello world", "  two spaces", "né", special):
         assert text.encode(given_) == reference(given_)["input_ids"]
         assert text.encode(given_, False) == reference(given_, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "stories260K"])
+@pytest.mark.parametrize("bos", [None, False, True])
+@pytest.mark.parametrize("eos", [None, False, True])
+def test_bos_and_eos_as_transformers_adds_them(
+    oracles: Path, tmp_path: Path, name: str, bos: bool | None, eos: bool | None
+) -> None:
+    """Whatever the post-processor in tokenizer.json; and then what the config asks for and is not there yet."""
+    from transformers import PreTrainedTokenizerFast
+
+    raw = (oracles / ELSEWHERE.get(name, Path("tokenizers", name)) / "tokenizer.json").read_bytes()
+    added = [t.content for t in load(oracles, name).tokenizer.get_added_tokens_decoder().values() if t.special]
+    config: dict[str, Any] = {"bos_token": added[len(added) > 1], "eos_token": added[-1]}
+    config |= {k: v for k, v in (("add_bos_token", bos), ("add_eos_token", eos)) if v is not None}
+    (tmp_path / "tokenizer.json").write_bytes(raw)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    reference = PreTrainedTokenizerFast.from_pretrained(str(tmp_path))
+    text = ModelText(raw, config)
+    vocab = text.tokenizer.get_vocab()
+    for said in ("", "Hello world"):
+        expected = reference(said)["input_ids"]
+        if bos and expected[:1] != [vocab[config["bos_token"]]]:
+            expected = [vocab[config["bos_token"]], *expected]
+        if eos:
+            expected = [*expected, vocab[config["eos_token"]]]
+        assert text.encode(said) == expected
+        assert text.encode(said, False) == reference(said, add_special_tokens=False)["input_ids"]
 
 
 def test_truncation_in_the_tokenizer_is_refused(oracles: Path) -> None:

@@ -21,6 +21,7 @@ from understudy.errors import CheckpointError
 from workers.engine.fake import FakeEngine
 
 FEW = "ab€"
+ADDED = 259  # the first id that the stage's tokenizer has not given
 
 
 def first_stop(text: str, stops: Sequence[str]) -> tuple[int, int, str] | None:
@@ -160,6 +161,25 @@ def test_other_decoders_go_through_the_tokenizer() -> None:
             assert text.tokenizer.decode(ids[:cut]) + said == text.tokenizer.decode(ids)
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    kind=st.sampled_from(["metaspace", "wordpiece", "bpe"]),
+    ids=st.lists(st.sampled_from([0, 0, 1, 2, 3]), max_size=30),
+    cut=st.integers(0, 30),
+)
+def test_a_window_never_loses_a_space(kind: str, ids: list[int], cut: int) -> None:
+    """Tokens without text, however many in a row, do not make the next one read as the first."""
+    library = {
+        "metaspace": decoders.Metaspace(),
+        "wordpiece": decoders.WordPiece("a", False),
+        "bpe": decoders.BPEDecoder("a"),
+    }
+    text = sentencepiece(library[kind])
+    detokenizer = Detokenizer(text.decoder(ids[:cut]))
+    said = "".join(detokenizer.push([i]).text for i in ids[cut:]) + detokenizer.finish().text
+    assert text.tokenizer.decode(ids[:cut]) + said == text.tokenizer.decode(ids)
+
+
 def changed(**fields: Any) -> bytes:
     return json.dumps(json.loads(tokenizer_json()) | fields).encode()
 
@@ -193,8 +213,54 @@ def test_bos_and_eos_where_the_config_says_so() -> None:
     both = ModelText(tokenizer_json(), names | {"add_bos_token": True, "add_eos_token": True})
     assert both.encode("a") == [BOS, 97, EOS]
     assert both.encode("a", add_special_tokens=False) == [97]
+    begins: dict[str, Any] = {"type": "TemplateProcessing", "pair": [{"Sequence": {"id": "A", "type_id": 0}}]}
+    begins["single"] = [{"SpecialToken": {"id": "<bos>", "type_id": 0}}, *begins["pair"]]
+    begins["special_tokens"] = {"<bos>": {"id": "<bos>", "ids": [BOS], "tokens": ["<bos>"]}}
+    own = changed(post_processor=begins)
+    for config in ({}, {"add_eos_token": False}, {"add_bos_token": False}, {"add_bos_token": True}):
+        assert ModelText(own, names | config).encode("a") == [BOS, 97]
+    assert ModelText(own, names | {"add_eos_token": True}).encode("a") == [BOS, 97, EOS]
     with pytest.raises(CheckpointError, match="bos_token '<s>' is not in"):
         ModelText(tokenizer_json(), {"bos_token": "<s>", "add_bos_token": True})
+
+
+@pytest.mark.parametrize(
+    ("flags", "said", "ids"),
+    [
+        ({"special": True}, "a<x>b", [97, ADDED, 98]),
+        ({"special": False}, "a<x>b", [97, ADDED, 98]),
+        ({"lstrip": True}, "a  <x> b", [97, ADDED, 32, 98]),
+        ({"rstrip": True}, "a <x>  b", [97, 32, ADDED, 98]),
+        ({"single_word": True}, "a<x>b <x>", [97, *b"<x>", 98, 32, ADDED]),
+    ],
+)
+def test_added_tokens_of_the_config(flags: dict[str, bool], said: str, ids: list[int]) -> None:
+    """Under their ids, with their flags, and silent only where they are special."""
+    config = {"added_tokens_decoder": {str(ADDED): {"content": "<x>", **flags}, str(BOS): {"content": "<bos>"}}}
+    text = ModelText(tokenizer_json(), config, ADDED + 1)
+    assert text.encode(said) == ids
+    assert text.decode([97, ADDED]) == ("a" if flags.get("special") else "a<x>")
+    assert text.decode([97, ADDED], skip_special_tokens=False) == "a<x>"
+    assert text.decode([97, BOS]) == "a", "what tokenizer.json has keeps its own flags"
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"7": {"content": "<bos>"}}, "gives '<bos>' the id 7, tokenizer.json 257"),
+        ({"9999": {"content": "<x>"}}, "gives '<x>' the id 9999, tokenizer.json"),
+        ({"x": {"content": "<x>"}}, "must map ids to objects"),
+        ({"7": "<x>"}, "must map ids to objects"),
+        ([], None),
+        ([1], "is not an object"),
+    ],
+)
+def test_added_tokens_that_contradict(entries: Any, message: str | None) -> None:
+    if message is None:
+        assert ModelText(tokenizer_json(), {"added_tokens_decoder": entries}).encode("a") == [97]
+        return
+    with pytest.raises(CheckpointError, match=rf"tokenizer_config\.json: added_tokens_decoder {message}"):
+        ModelText(tokenizer_json(), {"added_tokens_decoder": entries})
 
 
 # The checkpoint's own wishes.
