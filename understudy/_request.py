@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
@@ -19,8 +20,10 @@ Metadata = tuple[tuple[str, str], ...]
 class GenerateOptions(TypedDict, total=False):
     """Keywords of `generate` and `complete`; what is absent or None is left to the service.
 
-    Bounds and defaults are those of `proto/understudy/v1/inference.proto`, field for field. `timeout` is in seconds
-    and covers everything, resumed attempts included. `traceparent` is a W3C trace context that is passed on.
+    `json_schema` (JSON text, or the schema as a mapping), `regex`, `grammar`, `choice` and `json_object` say what the
+    answer must match: one of them at most. `trace_candidates` and `trace_attention` (layers) say how much `trace`
+    tells. Bounds and defaults are those of `proto/understudy/v1/inference.proto`, field for field. `timeout` is in
+    seconds and covers everything, resumed attempts included. `traceparent` is a W3C trace context that is passed on.
     """
 
     model: str | None
@@ -32,6 +35,7 @@ class GenerateOptions(TypedDict, total=False):
     presence_penalty: float | None
     frequency_penalty: float | None
     logit_bias: Mapping[int, float] | None
+    bad_words: Sequence[str] | None
     seed: int | None
     n: int | None
     max_tokens: int | None
@@ -40,9 +44,17 @@ class GenerateOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int] | None
     ignore_eos: bool | None
     include_stop: bool | None
+    json_schema: str | Mapping[str, Any] | None
+    regex: str | None
+    grammar: str | None
+    choice: Sequence[str] | None
+    json_object: bool | None
     logprobs: int | None
+    prompt_logprobs: int | None
     echo: bool | None
     trace: bool | None
+    trace_candidates: int | None
+    trace_attention: Sequence[int] | None
     cache_salt: str | None
     bypass_prefix_cache: bool | None
     priority: int | None
@@ -62,14 +74,25 @@ _GROUPS = {
         "presence_penalty",
         "frequency_penalty",
         "logit_bias",
+        "bad_words",
         "seed",
         "n",
     ),
     "stopping": ("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "include_stop"),
-    "response": ("logprobs", "echo", "trace"),
+    "format": ("json_schema", "regex", "grammar", "json_object"),
+    "response": ("logprobs", "prompt_logprobs", "echo", "trace"),
     "kv": ("cache_salt", "bypass_prefix_cache"),
 }
-_PATHS = {name: (name,) for name in _TOP} | {name: (group, name) for group, names in _GROUPS.items() for name in names}
+_PATHS: dict[str, tuple[str, ...]] = {name: (name,) for name in _TOP} | {
+    name: (group, name) for group, names in _GROUPS.items() for name in names
+}
+_PATHS |= {
+    "choice": ("format", "choice", "choices"),
+    "trace_candidates": ("response", "trace_options", "candidates"),
+    "trace_attention": ("response", "trace_options", "attention_layers"),
+}
+_FORMATS = (*_GROUPS["format"], "choice")
+_ONE_OR_SEVERAL = ("stop", "bad_words", "choice")  # where a string alone means a list of one
 _BOUNDS = {
     FieldDescriptor.TYPE_UINT32: f"0 to {2**32 - 1}",
     FieldDescriptor.TYPE_UINT64: f"0 to {2**64 - 1}",
@@ -91,16 +114,27 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> pb.GenerateReq
     else:
         request.token_ids.SetInParent()
         _set(request, ("token_ids", "ids"), prompt)
+    _check_format(options)
     for name, value in options.items():
-        if name in _OF_THE_CALL or value is None:
+        if name in _OF_THE_CALL or value is None or (name == "json_object" and value is False):
             continue
         if name not in _PATHS:
             raise TypeError(f"generate() got an unexpected keyword argument {name!r}")
-        _set(request, _PATHS[name], [value] if name == "stop" and isinstance(value, str) else value)
+        if name == "json_schema" and isinstance(value, Mapping):
+            value = json.dumps(value)
+        elif name == "choice":
+            request.format.choice.SetInParent()  # none to choose from is the service's to refuse
+        _set(request, _PATHS[name], [value] if name in _ONE_OR_SEVERAL and isinstance(value, str) else value)
     request.response.token_ids = True
     # Named here and not by the server, so that an attempt that is lost before the first answer has the same name.
     request.request_id = request.request_id or uuid.uuid4().hex
     return request
+
+
+def _check_format(options: GenerateOptions) -> None:
+    given = [name for name in _FORMATS if options.get(name) not in (None, False)]
+    if len(given) > 1:
+        raise errors.InvalidRequest(f"{' and '.join(given)} are given; one of them at most says what matches", "format")
 
 
 def tokenize_request(text: str, model: str | None, add_special_tokens: bool | None) -> pb.TokenizeRequest:
@@ -177,6 +211,7 @@ def prompt_info(m: pb.PromptInfo) -> types.PromptInfo:
         prompt_tokens=m.prompt_tokens,
         cached_tokens=types.CachedTokens(m.cached_tokens.device, m.cached_tokens.host, m.cached_tokens.store),
         seed=m.seed,
+        prompt_logprobs=tuple(_logprob(p) for p in m.prompt_logprobs),
     )
 
 
@@ -186,7 +221,21 @@ def piece(m: pb.Delta) -> types.Piece:
         token_ids=tuple(m.token_ids),
         logprobs=tuple(_logprob(p) for p in m.logprobs),
         index=m.index,
-        trace=types.Trace(m.trace.server_us, m.trace.step) if m.HasField("trace") else None,
+        trace=_trace(m.trace) if m.HasField("trace") else None,
+        echo=m.echo,
+    )
+
+
+def _trace(m: pb.Trace) -> types.Trace:
+    return types.Trace(m.server_us, m.step, tuple(_token_trace(t) for t in m.tokens))
+
+
+def _token_trace(m: pb.TokenTrace) -> types.TokenTrace:
+    return types.TokenTrace(
+        token_id=m.token_id,
+        candidates=tuple(types.Candidate(c.token_id, c.text, c.before, c.after) for c in m.candidates),
+        experts=tuple(types.ExpertChoice(e.layer, tuple(e.experts), tuple(e.weights)) for e in m.experts),
+        attention=tuple(types.Attention(a.layer, a.start, tuple(a.weights)) for a in m.attention),
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from understudy import _request, errors
 from understudy._attempts import Again, Attempts
-from understudy.types import Choice, Completion, Finish, FinishReason, Logprob, Piece, PromptInfo
+from understudy.types import Choice, Completion, Finish, FinishReason, Logprob, Piece, PromptInfo, TokenTrace
 from understudy.v1 import inference_pb2 as pb
 
 
@@ -21,6 +21,8 @@ class _Sequence:
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
+    traces: list[TokenTrace] = field(default_factory=list)
+    echoed: bool = False
     finish: Finish | None = None
 
 
@@ -103,7 +105,8 @@ class StreamState:
     def _choice(self, index: int) -> Choice:
         sequence = self._sequences[index]
         assert sequence.finish is not None  # `complete` was checked
-        return Choice(index, self.text(index), self.token_ids(index), tuple(sequence.logprobs), sequence.finish)
+        text, ids, logprobs = self.text(index), self.token_ids(index), tuple(sequence.logprobs)
+        return Choice(index, text, ids, logprobs, sequence.finish, tuple(sequence.traces))
 
     def _cut_short(self, error: errors.UnderstudyError | None) -> bool:
         """The status says why every sequence ended before its time: that is the caller's error."""
@@ -131,9 +134,15 @@ class StreamState:
         if sequence.finish is not None:
             return None  # the service makes the end of a finished sequence again after a resume
         piece = _request.piece(message)
+        if piece.echo:
+            if sequence.echoed:
+                return None
+            sequence.echoed = True
+        else:
+            sequence.token_ids += piece.token_ids
+            sequence.logprobs += piece.logprobs
+            sequence.traces += piece.trace.tokens if piece.trace is not None else ()
         sequence.texts.append(piece.text)
-        sequence.token_ids += piece.token_ids
-        sequence.logprobs += piece.logprobs
         self.attempts.progress()
         return piece if piece.text or piece.token_ids else None
 

@@ -6,7 +6,8 @@
         server.break_after(3)
         assert client.complete("Hi").text == "Hello, world"
 
-Its tokens are Unicode code points. It honours `max_tokens`, `stop`, `n`, `logprobs` and `resume`, and no other option.
+Its tokens are Unicode code points. It honours `max_tokens`, `stop`, `n`, `logprobs`, `prompt_logprobs`, `echo`, `trace`
+and `resume`, and no other option.
 """
 
 from __future__ import annotations
@@ -185,7 +186,7 @@ class FakeServer:
         info = self._prompt_info(request)
         received = self._received(request, info)
         yield pb.GenerateResponse(prompt_info=info)
-        running = {i: self._sequence(request, i, received.get(i, 0)) for i in range(request.sampling.n or 1)}
+        running = {i: self._sequence(request, i, received.get(i)) for i in range(request.sampling.n or 1)}
         while running:
             for index, sequence in list(running.items()):
                 response = next(sequence, None)
@@ -198,6 +199,7 @@ class FakeServer:
         ids = list(request.token_ids.ids) or [ord(c) for c in request.text]
         if not ids:
             raise errors.InvalidRequest("is empty; give text or token ids", "prompt")
+        told = ids[1:] if request.response.HasField("prompt_logprobs") and not request.HasField("resume") else []
         return pb.PromptInfo(
             request_id=request.request_id or "fake-request",
             model=self.model.name,
@@ -206,6 +208,7 @@ class FakeServer:
             prompt_token_ids=ids,
             prompt_tokens=len(ids),
             seed=request.sampling.seed,
+            prompt_logprobs=[_logprob(chr(id), request.response.prompt_logprobs) for id in told],
         )
 
     def _received(self, request: pb.GenerateRequest, info: pb.PromptInfo) -> dict[int, int]:
@@ -224,7 +227,7 @@ class FakeServer:
     def _text(self, request: pb.GenerateRequest, index: int) -> str:
         return self._answer if isinstance(self._answer, str) else self._answer(request, index)
 
-    def _sequence(self, request: pb.GenerateRequest, index: int, start: int) -> Iterator[pb.GenerateResponse]:
+    def _sequence(self, request: pb.GenerateRequest, index: int, received: int | None) -> Iterator[pb.GenerateResponse]:
         text, finish = self._text(request, index), pb.Finish(index=index, reason=pb.FINISH_REASON_EOS)
         found = [(at, stop) for stop in request.stopping.stop if (at := text.find(stop)) >= 0]
         if found:
@@ -233,20 +236,49 @@ class FakeServer:
         if request.stopping.HasField("max_tokens") and len(text) >= request.stopping.max_tokens:
             finish.reason, text = pb.FINISH_REASON_LENGTH, text[: request.stopping.max_tokens]
             finish.ClearField("matched")
-        for at in range(start, len(text), self._piece):
-            yield pb.GenerateResponse(delta=_delta(request, index, text[at : at + self._piece]))
+        if request.response.echo and received is None:
+            prompt = list(request.token_ids.ids) or [ord(c) for c in request.text]
+            echo = pb.Delta(index=index, text="".join(map(chr, prompt)), token_ids=prompt, echo=True)
+            yield pb.GenerateResponse(delta=echo)
+        for at in range(received or 0, len(text), self._piece):
+            yield pb.GenerateResponse(delta=_delta(request, index, text[at : at + self._piece], at))
         prompt_tokens = len(request.token_ids.ids) or len(request.text)
         finish.usage.CopyFrom(pb.Usage(prompt_tokens=prompt_tokens, completion_tokens=len(text)))
         yield pb.GenerateResponse(finish=finish)
 
 
-def _delta(request: pb.GenerateRequest, index: int, text: str) -> pb.Delta:
+def _delta(request: pb.GenerateRequest, index: int, text: str, at: int) -> pb.Delta:
+    """The delta of `text`, which begins at token `at` of the answer."""
     delta = pb.Delta(index=index, text=text, token_ids=[ord(c) for c in text])
     if request.response.HasField("logprobs"):
-        for char in text:
-            top = [pb.TopLogprob(token_id=ord(char), text=char, logprob=-0.5)] if request.response.logprobs else []
-            delta.logprobs.add(token_id=ord(char), text=char, logprob=-0.5, rank=1, top=top)
+        delta.logprobs.extend(_logprob(char, request.response.logprobs) for char in text)
+    if request.response.trace:
+        delta.trace.server_us, delta.trace.step = 1000 * (at + 1), at + 1
+        before = len(request.token_ids.ids) or len(request.text)
+        delta.trace.tokens.extend(_token_trace(request, char, before + at + i) for i, char in enumerate(text))
     return delta
+
+
+def _logprob(char: str, count: int) -> pb.Logprob:
+    top = [pb.TopLogprob(token_id=ord(char), text=char, logprob=-0.5)] if count else []
+    return pb.Logprob(token_id=ord(char), text=char, logprob=-0.5, rank=1, top=top)
+
+
+def _token_trace(request: pb.GenerateRequest, char: str, attended: int) -> pb.TokenTrace:
+    """The character and those after it, each half as likely; two experts; attention to the first and the last of the
+    `attended` positions."""
+    options = request.response.trace_options
+    count = options.candidates if options.HasField("candidates") else 10
+    trace = pb.TokenTrace(token_id=ord(char))
+    for i in range(count):
+        trace.candidates.add(
+            token_id=ord(char) + i, text=chr(ord(char) + i), before=0.5 ** (i + 1), after=float(i == 0)
+        )
+    trace.experts.add(layer=1, experts=[2, 5], weights=[0.75, 0.25])
+    for layer in options.attention_layers:
+        weights = [0.25, *[0.0] * (attended - 2), 0.75] if attended > 1 else [1.0]
+        trace.attention.add(layer=layer, weights=weights)
+    return trace
 
 
 def _unary(method: Method[Req, Res], behaviour: Callable[[Req], Res]) -> grpc.RpcMethodHandler[Req, Res]:

@@ -48,11 +48,52 @@ class Logprob:
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """A token that could have been chosen: its probability by the model alone, and after temperature, penalties,
+    filters and format, with which the token was drawn."""
+
+    token_id: int
+    text: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertChoice:
+    """The experts that one layer of a mixture chose for a token, and what each of them counted for."""
+
+    layer: int
+    experts: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """What a token attended to in one layer, mean over heads: `weights[i]` is that of position `start + i`."""
+
+    layer: int
+    start: int
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTrace:
+    """How one token was chosen. `candidates` are likeliest first, the chosen token among them."""
+
+    token_id: int
+    candidates: tuple[Candidate, ...] = ()
+    experts: tuple[ExpertChoice, ...] = ()
+    attention: tuple[Attention, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Trace:
-    """When tokens were made: microseconds since the server took the request, and the engine's step."""
+    """When and how tokens were made: microseconds since the server took the request, the engine's step, and one entry
+    per token id."""
 
     server_us: int
     step: int
+    tokens: tuple[TokenTrace, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +101,7 @@ class Piece:
     """A part of an answer, never cumulative. `token_ids` are exactly those whose text this completes.
 
     `logprobs` has one entry per token id where they were asked for, else it is empty. `index` says which of the n
-    sequences it belongs to.
+    sequences it belongs to. With `echo` this is the prompt, as it was asked for: its ids are no part of the answer.
     """
 
     text: str
@@ -68,6 +109,7 @@ class Piece:
     logprobs: tuple[Logprob, ...] = ()
     index: int = 0
     trace: Trace | None = None
+    echo: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +123,10 @@ class CachedTokens:
 
 @dataclass(frozen=True, slots=True)
 class PromptInfo:
-    """What the service made of the prompt: with the request, everything that is needed to go on elsewhere."""
+    """What the service made of the prompt: with the request, everything that is needed to go on elsewhere.
+
+    `prompt_logprobs` has one entry per prompt token from the second on, where they were asked for.
+    """
 
     request_id: str
     model: str
@@ -91,6 +136,7 @@ class PromptInfo:
     prompt_tokens: int
     cached_tokens: CachedTokens
     seed: int
+    prompt_logprobs: tuple[Logprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +159,15 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One whole sequence."""
+    """One whole sequence. Its text begins with the prompt where `echo` was asked for, its token ids never do;
+    `traces` has one entry per token id where `trace` was asked for."""
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[Logprob, ...]
     finish: Finish
+    traces: tuple[TokenTrace, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

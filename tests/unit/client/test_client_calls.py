@@ -55,6 +55,96 @@ def test_complete_gathers_every_sequence(connect: Any) -> None:
     assert done.finish.reason is FinishReason.EOS
 
 
+def test_every_option_has_its_field(connect: Any, server: FakeServer) -> None:
+    options = {
+        "repetition_penalty": 1.5,
+        "presence_penalty": -0.5,
+        "frequency_penalty": 0.25,
+        "logit_bias": {5: 1.5, 2**32 - 1: -100},
+        "bad_words": ["x", "y"],
+        "n": 2,
+        "prompt_logprobs": 3,
+        "echo": True,
+        "trace": True,
+        "trace_candidates": 0,
+        "trace_attention": [0, 2],
+        "json_schema": {"type": "object"},
+    }
+    connect(server.address).call("complete", "Hi", **options)
+    message = server.calls[0].message
+    assert message.sampling == pb.Sampling(
+        repetition_penalty=1.5,
+        presence_penalty=-0.5,
+        frequency_penalty=0.25,
+        logit_bias={5: 1.5, 2**32 - 1: -100},
+        bad_words=["x", "y"],
+        n=2,
+    )
+    trace = pb.TraceOptions(candidates=0, attention_layers=[0, 2])
+    wanted = pb.ResponseOptions(token_ids=True, prompt_logprobs=3, echo=True, trace=True, trace_options=trace)
+    assert message.response == wanted
+    assert message.response.trace_options.HasField("candidates")
+    assert message.format == pb.Format(json_schema='{"type": "object"}')
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"json_schema": "{}"}, pb.Format(json_schema="{}")),
+        ({"regex": "a+"}, pb.Format(regex="a+")),
+        ({"grammar": 'root ::= "a"'}, pb.Format(grammar='root ::= "a"')),
+        ({"choice": ["a", "b"]}, pb.Format(choice=pb.Choices(choices=["a", "b"]))),
+        ({"choice": []}, pb.Format(choice=pb.Choices())),
+        ({"json_object": True}, pb.Format(json_object=True)),
+        ({"json_object": False}, None),
+    ],
+)
+def test_formats(connect: Any, server: FakeServer, options: dict[str, Any], wanted: pb.Format | None) -> None:
+    connect(server.address).call("complete", "Hi", **options)
+    message = server.calls[0].message
+    assert (message.format if message.HasField("format") else None) == wanted
+
+
+def test_two_formats_contradict_each_other(connect: Any, server: FakeServer) -> None:
+    with pytest.raises(errors.InvalidRequest, match="format: regex and choice are given"):
+        connect(server.address).open("Hi", regex="a", choice=["b"])
+    with pytest.raises(errors.InvalidRequest, match=r"logit_bias: .* does not fit|logit_bias"):
+        connect(server.address).open("Hi", logit_bias={-1: 1.0})
+    assert not server.calls
+
+
+def test_what_is_told_of_prompt_and_choices(connect: Any, server: FakeServer) -> None:
+    client = connect(server.address)
+    options: dict[str, Any] = {"prompt_logprobs": 1, "echo": True, "trace": True, "trace_attention": [3], "n": 2}
+    done = client.call("complete", "Hey", **options)
+    assert [(p.token_id, p.top[0].text) for p in done.prompt.prompt_logprobs] == [(ord("e"), "e"), (ord("y"), "y")]
+    assert [c.text for c in done.choices] == ["Hey" + TEXT] * 2
+    assert done.token_ids == tuple(map(ord, TEXT))
+    assert done.finish.usage == Usage(3, len(TEXT))
+    traces = done.choices[1].traces
+    assert [t.token_id for t in traces] == list(done.token_ids)
+    assert (traces[0].candidates[1].text, traces[0].candidates[1].before, traces[0].candidates[1].after) == (
+        "I",
+        0.25,
+        0,
+    )
+    assert (traces[0].experts[0].experts, traces[0].attention[0].weights) == ((2, 5), (0.25, 0.0, 0.75))
+    pieces = client.read(client.open("Hey", echo=True))
+    assert [p.echo for p in pieces] == [True] + [False] * len(TEXT)
+    assert (pieces[0].text, pieces[0].token_ids) == ("Hey", (72, 101, 121))
+
+
+def test_breaks_while_several_sequences_with_echoes_come(connect: Any) -> None:
+    with FakeServer(lambda request, index: f"<{index}>" * (index + 1), piece=2) as server:
+        for at in (1, 3, 4, 2, 7, 1, 5):
+            server.break_after(at)
+        done = connect(server.address).call("complete", "Hi", n=4, echo=True, trace=True, prompt_logprobs=0)
+        assert [c.text for c in done.choices] == ["Hi" + f"<{i}>" * (i + 1) for i in range(4)]
+        assert [[t.token_id for t in c.traces] for c in done.choices] == [list(c.token_ids) for c in done.choices]
+        assert len(done.prompt.prompt_logprobs) == 1  # of the first attempt: no other tells them
+        assert len(server.calls) == 8
+
+
 def test_stop_and_length_are_told(connect: Any, server: FakeServer) -> None:
     client = connect(server.address)
     stopped = client.call("complete", "Hi", stop=", ")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from understudy import errors
-from understudy.cli import main
+from understudy.cli import explain, main
 from understudy.cli.bench import percentile
 from understudy.cli.common import message_dict
 from understudy.testing import FakeServer
@@ -51,7 +53,9 @@ def test_every_flag_of_complete_reaches_the_service(server: FakeServer) -> None:
     flags = (
         "--model fake --temperature 0.5 --top-k 7 --top-p 0.75 --min-p 0.25 --seed 18446744073709551615 --max-tokens 9 "
         "--min-tokens 2 --stop x --stop y --stop-token-id 3 --stop-token-id 4 --ignore-eos --include-stop --logprobs 1 "
-        "--cache-salt s --bypass-prefix-cache --priority -3 --request-id mine --token secret"
+        "--cache-salt s --bypass-prefix-cache --priority -3 --request-id mine --token secret --n 2 "
+        "--repetition-penalty 1.5 --presence-penalty -0.5 --frequency-penalty 0.25 --logit-bias 5=1.5 --logit-bias 6=-100 "
+        "--bad-word a --bad-word b --regex x+ --explain --candidates 3 --attention 0 --attention 2 --prompt-logprobs 1 --echo"
     )
     assert run("complete", "Hi", *flags.split(), address=server.address).exit_code == 0
     call = server.calls[0]
@@ -59,7 +63,9 @@ def test_every_flag_of_complete_reaches_the_service(server: FakeServer) -> None:
         "request_id": "mine",
         "model": "fake",
         "text": "Hi",
-        "sampling": {"temperature": 0.5, "top_k": 7, "top_p": 0.75, "min_p": 0.25, "seed": 2**64 - 1},
+        "sampling": {"temperature": 0.5, "top_k": 7, "top_p": 0.75, "min_p": 0.25, "seed": 2**64 - 1}
+        | {"n": 2, "repetition_penalty": 1.5, "presence_penalty": -0.5, "frequency_penalty": 0.25}
+        | {"logit_bias": {5: 1.5, 6: -100}, "bad_words": ["a", "b"]},
         "stopping": {
             "max_tokens": 9,
             "min_tokens": 2,
@@ -68,12 +74,87 @@ def test_every_flag_of_complete_reaches_the_service(server: FakeServer) -> None:
             "ignore_eos": True,
             "include_stop": True,
         },
-        "response": {"token_ids": True, "logprobs": 1},
+        "response": {"token_ids": True, "logprobs": 1, "prompt_logprobs": 1, "echo": True, "trace": True}
+        | {"trace_options": {"candidates": 3, "attention_layers": [0, 2]}},
+        "format": {"regex": "x+"},
         "kv": {"cache_salt": "s", "bypass_prefix_cache": True},
         "priority": -3,
     }
     assert call.message == type(call.message)(**expected)
     assert call.metadata["authorization"] == "Bearer secret"
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--json-schema", "{}"], {"json_schema": "{}"}),
+        (["--json-schema", "@FILE"], {"json_schema": "from a file"}),
+        (["--grammar", "@FILE"], {"grammar": "from a file"}),
+        (["--choice", "a", "--choice", "@b"], {"choice": {"choices": ["a", "@b"]}}),
+        (["--json-object"], {"json_object": True}),
+    ],
+)
+def test_formats_and_files(server: FakeServer, tmp_path: Path, flags: list[str], wanted: dict[str, Any]) -> None:
+    (tmp_path / "format").write_text("from a file")
+    given = [flag.replace("@FILE", f"@{tmp_path / 'format'}") for flag in flags]
+    assert run("complete", "Hi", *given, address=server.address).exit_code == 0
+    message = server.calls[0].message
+    assert message.format == type(message.format)(**wanted)
+
+
+@pytest.mark.parametrize("flags", ["--logit-bias 5", "--logit-bias x=1", "--logit-bias 5=", "--regex @/no/such/file"])
+def test_options_that_cannot_be_read(server: FakeServer, flags: str) -> None:
+    done = run("complete", "Hi", *flags.split(), address=server.address)
+    assert done.exit_code == 2
+    assert flags.split()[1] in done.stderr
+    assert not server.calls
+
+
+def test_several_answers_come_one_after_another() -> None:
+    with FakeServer(lambda request, index: f"answer {index}" + "\n" * (index == 1)) as server:
+        shown = "--- 1 of 3 ---\nanswer 0\n--- 2 of 3 ---\nanswer 1\n--- 3 of 3 ---\nanswer 2\n"
+        for flags in ([], ["--no-stream"]):
+            done = run("complete", "Hi", "--n", "3", "--stats", *flags, address=server.address)
+            assert done.stdout == shown
+            assert "2 prompt tokens, 25 made, eos, eos, eos" in done.stderr
+        echoed = run("complete", "Hi ", "--echo", address=server.address).stdout
+        assert echoed == "Hi answer 0\n"
+
+
+@pytest.mark.parametrize("env", [{}, {"FORCE_COLOR": "1"}, {"FORCE_COLOR": "1", "NO_COLOR": "1"}])
+def test_explain_draws_how_each_token_was_picked(server: FakeServer, env: dict[str, str]) -> None:
+    flags = ("--explain", "--candidates", "2", "--attention", "3", "--max-tokens", "2")
+    plain = {"UNDERSTUDY_ADDRESS": server.address, "COLUMNS": "200", "FORCE_COLOR": None, "NO_COLOR": None}
+    done = CliRunner().invoke(main.app, ["complete", "Hi", *flags], env=plain | env)
+    assert done.exit_code == 0
+    drawn = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
+    assert "\x1b[3" not in done.stdout or "NO_COLOR" not in env
+    assert drawn != done.stdout or not env.get("FORCE_COLOR")
+    lines = [line.rstrip() for line in drawn.splitlines()]
+    assert max(map(len, lines)) <= 80
+    assert lines[:6] == [
+        "token 1  'H'",
+        "  candidate              by the model             as drawn",
+        "> 'H'                    ████████          50.0 % ████████████████ 100.0 %",
+        "  'I'                    ████              25.0 %                        -",
+        "  experts layer 1: 2 75.0 %, 5 25.0 %",
+        "  layer 3 looked at 'i' 75.0 %  'H' 25.0 %",
+    ]
+    assert lines[-2:] == ["the answer", "He"]
+    assert "layer 3 looked at 'H' 75.0 %  'H' 25.0 %" in lines[12]
+
+
+def test_explain_for_programs_is_json(server: FakeServer) -> None:
+    done = run("complete", "Hi", "--explain", "--json", "--max-tokens", "1", address=server.address)
+    trace = json.loads(done.stdout.splitlines()[1])["delta"]["trace"]
+    assert [c["text"] for c in trace["tokens"][0]["candidates"]] == ["H", "I", "J", "K", "L"]
+
+
+def test_bars_and_percentages() -> None:
+    assert [explain.bar(s, 2) for s in (0, 0.5, 1, 2, -1, 1 / 16, 0.75)] == ["", "█", "██", "██", "", "▏", "█▌"]
+    assert explain.bar(0.5, 4, plain=True) == "##"
+    assert [explain.percent(s) for s in (0, 1e-9, 0.5, 1)] == ["-", "<0.1 %", "50.0 %", "100.0 %"]
+    assert [explain.shown(t, 7) for t in (" a\n", "\ufffd", "")] == ["' a\\n'", "#7", "#7"]
 
 
 def test_what_is_not_asked_for_is_left_to_the_service(server: FakeServer) -> None:

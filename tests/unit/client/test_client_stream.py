@@ -20,9 +20,9 @@ INFO = pb.PromptInfo(
 GONE = errors.Unavailable("gone")
 
 
-def state(n: int | None = None, **retry: float) -> StreamState:
+def state(n: int | None = None, echo: bool = False, **retry: float) -> StreamState:
     attempts = Attempts(Retry(**({"resume_attempts": 10_000} | retry)), 2, 0, None, random.Random(0))  # type: ignore[arg-type]
-    return StreamState(generate_request([1, 2], {"n": n}), attempts)
+    return StreamState(generate_request([1, 2], {"n": n, "echo": echo or None}), attempts)
 
 
 def info(**other: object) -> pb.GenerateResponse:
@@ -35,6 +35,10 @@ def info(**other: object) -> pb.GenerateResponse:
 
 def delta(*ids: int, index: int = 0) -> pb.GenerateResponse:
     return pb.GenerateResponse(delta=pb.Delta(index=index, text="".join(f"<{i}>" for i in ids), token_ids=ids))
+
+
+def echo_of(index: int) -> pb.GenerateResponse:
+    return pb.GenerateResponse(delta=pb.Delta(index=index, text="<prompt>", token_ids=[1, 2], echo=True))
 
 
 def finish(index: int = 0, reason: int = pb.FINISH_REASON_EOS) -> pb.GenerateResponse:
@@ -53,6 +57,8 @@ def rest(answers: list[list[int]], request: pb.GenerateRequest, sizes: st.DataOb
             size = sizes.draw(st.integers(1, len(left)))
             queue.append(delta(*left[:size], index=index))
             left = left[size:]
+        if request.response.echo and index not in had:
+            queue.insert(0, echo_of(index))
         queues.append([*queue, finish(index)])
     messages = [info()]
     while any(queues):
@@ -64,12 +70,13 @@ def rest(answers: list[list[int]], request: pb.GenerateRequest, sizes: st.DataOb
 @given(
     st.lists(st.lists(st.integers(0, 9), max_size=8), min_size=1, max_size=4),
     st.lists(st.integers(0, 12), max_size=8),
+    st.booleans(),
     st.data(),
 )
 def test_whatever_breaks_the_caller_sees_one_whole_answer(
-    answers: list[list[int]], breaks: list[int], data: st.DataObject
+    answers: list[list[int]], breaks: list[int], echo: bool, data: st.DataObject
 ) -> None:
-    s = state(n=len(answers), attempts=100)
+    s = state(n=len(answers), attempts=100, echo=echo)
     seen: list[list[int]] = [[] for _ in answers]
     texts = ["" for _ in answers]
     for at in [*breaks, None]:
@@ -77,7 +84,7 @@ def test_whatever_breaks_the_caller_sees_one_whole_answer(
         for message in messages[:at]:
             piece = s.receive(message)
             if piece is not None:
-                seen[piece.index] += piece.token_ids
+                seen[piece.index] += piece.token_ids if not piece.echo else ()
                 texts[piece.index] += piece.text
         broke = at is not None
         again = s.ended(GONE if broke else None, now=0.0)
@@ -85,7 +92,7 @@ def test_whatever_breaks_the_caller_sees_one_whole_answer(
             break
         assert broke
     assert seen == answers
-    assert texts == ["".join(f"<{i}>" for i in ids) for ids in answers]
+    assert texts == [("<prompt>" if echo else "") + "".join(f"<{i}>" for i in ids) for ids in answers]
     completion = s.completion()
     assert [list(c.token_ids) for c in completion.choices] == answers
     assert [c.text for c in completion.choices] == texts
@@ -230,3 +237,19 @@ def test_what_comes_after_a_finish_is_dropped() -> None:
     assert s.token_ids(0) == (1,)
     assert [f.reason for f in s.finishes()] == ["FINISH_REASON_EOS"]
     assert not s.complete
+
+
+def test_an_echo_is_text_and_no_token_and_comes_once() -> None:
+    s = state(n=2, echo=True)
+    s.request()
+    for message in (info(), echo_of(1), delta(7, index=1)):
+        s.receive(message)
+    assert (s.text(1), s.token_ids(1)) == ("<prompt><7>", (7,))
+    s.ended(GONE, 0.0)
+    assert [(q.index, list(q.token_ids)) for q in s.request().resume.sequences] == [(1, [7])]
+    s.receive(info())
+    assert s.receive(echo_of(1)) is None  # a service that repeats it
+    piece = s.receive(echo_of(0))
+    assert piece is not None
+    assert (piece.echo, piece.token_ids) == (True, (1, 2))
+    assert s.token_ids(0) == ()
