@@ -33,12 +33,12 @@ class PagedRunner:
     def __init__(self, blocks: list[int], windows: list[int | None], vocab: int) -> None:
         self.memory = [np.full((count, BLOCK), -1, dtype=np.int64) for count in blocks]
         self.windows, self.vocab = windows, vocab
-        self.plans: list[list[tuple[str, int, int, bool]]] = []
+        self.plans: list[list[tuple[str, int, int, int]]] = []
         self.fail_with: Exception | None = None
         self.closed = 0
 
     def run(self, plan: StepPlan) -> torch.Tensor:
-        self.plans.append([(c.id, c.start, len(c.tokens), c.sample) for c in plan.chunks])
+        self.plans.append([(c.id, c.start, len(c.tokens), c.wanted) for c in plan.chunks])
         if self.fail_with is not None:
             error, self.fail_with = self.fail_with, None
             raise error
@@ -48,11 +48,12 @@ class PagedRunner:
                     block = table[(chunk.start + i) // BLOCK]
                     assert block >= 0, "a row is written to a block that was given back"
                     memory[block, (chunk.start + i) % BLOCK] = token
-        rows = [self._logits(c) for c in plan.chunks if c.sample]
+        rows = [
+            self._logits(c, c.start + i) for c in plan.chunks for i in range(len(c.tokens) - c.wanted, len(c.tokens))
+        ]
         return torch.stack(rows) if rows else torch.empty(0, self.vocab)
 
-    def _logits(self, chunk: Chunk) -> torch.Tensor:
-        last = chunk.start + len(chunk.tokens) - 1
+    def _logits(self, chunk: Chunk, last: int) -> torch.Tensor:
         digest = hashlib.sha256()
         for memory, table, window in zip(self.memory, chunk.tables, self.windows, strict=True):
             first = 0 if window is None else max(0, last - window + 1)

@@ -152,7 +152,7 @@ class Stream:
             gone = 0 if window is None else max(0, self.at - window + 1) // BLOCK
             table[:gone] = array("i", [-1] * gone)
             tables.append(table)
-        return Chunk("s", self.at, tokens, tuple(tables), sample=self.at + len(tokens) == len(self.tokens))
+        return Chunk("s", self.at, tokens, tuple(tables), wanted=int(self.at + len(tokens) == len(self.tokens)))
 
     def advance(self, chunk: Chunk, logits: Tensor | None) -> None:
         self.at += len(chunk.tokens)
@@ -184,7 +184,7 @@ def greedy(runner: Runner, prompts: list[list[int]], new_tokens: int, sizes: lis
         chunks = [s.chunk(sizes[i % len(sizes)]) for i, s in waiting]
         rows = iter(runner.run(StepPlan(step, chunks)))
         for (_, stream), chunk in zip(waiting, chunks, strict=True):
-            stream.advance(chunk, next(rows) if chunk.sample else None)
+            stream.advance(chunk, next(rows) if chunk.wanted else None)
         step += 1
     return streams
 

@@ -22,8 +22,7 @@ class StepRunner(Protocol):
     """What computes a plan's rows: `workers.engine.runner.Runner`, or a test's own."""
 
     def run(self, plan: StepPlan) -> Tensor:
-        """Logits [S, V], of any float type, of the last rows of the chunks with `sample`, in the plan's order. S may
-        be 0."""
+        """Logits [S, V], of any float type, of the last `wanted` rows of each chunk, in the plan's order. S may be 0."""
 
     def close(self) -> None: ...
 
@@ -105,11 +104,11 @@ class EngineCore:
         return self._scheduler.refusal(len(request.prompt), request.max_tokens)
 
     def _rows(self, plan: StepPlan) -> list[Row]:
-        return [_row(s) for chunk, s in zip(plan.chunks, self._scheduler.planned, strict=True) if chunk.sample]
+        return [_row(s) for chunk, s in zip(plan.chunks, self._scheduler.planned, strict=True) if chunk.wanted]
 
     def _report(self, plan: StepPlan, choices: list[Choice]) -> list[SequenceOutput]:
         """Appends every sampled sequence's token, ends those that are over, and says so, in the order of arrival."""
-        sampled = [s for chunk, s in zip(plan.chunks, self._scheduler.planned, strict=True) if chunk.sample]
+        sampled = [s for chunk, s in zip(plan.chunks, self._scheduler.planned, strict=True) if chunk.wanted]
         pairs = sorted(zip(sampled, choices, strict=True), key=lambda pair: pair[0].rank[1])
         return [self._advance(sequence, choice) for sequence, choice in pairs]
 

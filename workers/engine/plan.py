@@ -13,14 +13,15 @@ class Chunk:
     Row i of the chunk is token `tokens[i]` at absolute position `start + i`. `tables[g]` is the sequence's block
     table in cache group g: entry b holds the positions [b * block, (b + 1) * block), so that a row at position p
     is written to block `tables[g][p // block]`; it may be longer than needed. Entries that lie wholly behind a
-    group's window may be -1: they are never read. `sample` says that the last row's logits are wanted.
+    group's window may be -1: they are never read. `wanted` is how many of the last rows' logits are wanted: 0, 1 to
+    sample, k + 1 to check k drafts, up to all of them for logprobs of the prompt.
     """
 
     id: str
     start: int
     tokens: list[int]
     tables: tuple[array[int], ...]  # each array('i')
-    sample: bool
+    wanted: int
 
 
 @dataclass(slots=True)

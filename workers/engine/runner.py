@@ -112,9 +112,9 @@ class Runner:
     def run(self, plan: StepPlan) -> Tensor:
         """Computes every row of the plan, in order, and writes its keys and values.
 
-        Returns the logits of the last row of each chunk with `sample`, in the chunks' order: [S, V] in the model's
-        dtype. Raises ValueError for a row outside the context, the vocabulary or its table:
-        the kernels would read or write memory that is not theirs.
+        Returns the logits of the last `wanted` rows of each chunk, in the plan's order: [S, V] in the model's dtype.
+        Raises ValueError for a row outside the context, the vocabulary or its table: the kernels would read or write
+        memory that is not theirs.
         """
         decoder = self._open()
         chunks = plan.chunks
@@ -131,14 +131,16 @@ class Runner:
         needed = -(-(starts + lengths) // BLOCK)  # blocks that each table has to have
         tables = [self._table(chunks, group, needed) for group in range(len(self._caches))]
         self._check_tables(chunks, starts, needed, tables)
-        wanted = np.fromiter((c.sample for c in chunks), np.bool_, len(chunks))
+        wanted = np.fromiter((c.wanted for c in chunks), np.int64, len(chunks))
+        if ((wanted < 0) | (wanted > lengths)).any():
+            raise ValueError(f"wanted rows {wanted.tolist()} of chunks of {lengths.tolist()} rows")
         batch = Batch(
             positions=self._tensor(positions),
             row_start=self._tensor(row_start.astype(np.int32)),
             tables=[self._tensor(table) for table in tables],
             row_seq=self._tensor(np.repeat(np.arange(len(chunks), dtype=np.int32), lengths)),
         )
-        sampled = self._tensor(row_start[1:][wanted] - 1)
+        sampled = self._tensor(last_rows(row_start[1:], wanted))
         return decoder.forward(self._tensor(ids), batch, self._caches, sampled)
 
     def close(self) -> None:
@@ -193,6 +195,12 @@ class Runner:
                     f"chunk of {chunks[row].id!r}: entry {column} of its table in cache group {group} is "
                     f"{table[row, column]}, of {self.blocks} blocks"
                 )
+
+
+def last_rows(ends: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The `counts[i]` rows before `ends[i]`, for every i: [2, 9], [1, 3] -> [1, 6, 7, 8]."""
+    before = np.cumsum(counts)
+    return np.arange(before[-1]) + np.repeat(ends - before, counts)
 
 
 def block_bytes(spec: ModelSpec, ops: Ops) -> int:

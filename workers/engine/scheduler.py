@@ -128,8 +128,8 @@ class Scheduler:
             return 0
         self.cache.allocate(sequence.table, end)
         tokens = sequence.tokens[sequence.computed : end]
-        sample = end == len(sequence.tokens)
-        plan.chunks.append(Chunk(sequence.id, sequence.computed, tokens, sequence.table.groups, sample))
+        wanted = int(end == len(sequence.tokens))
+        plan.chunks.append(Chunk(sequence.id, sequence.computed, tokens, sequence.table.groups, wanted))
         self.planned.append(sequence)
         if rows > 1 or end <= sequence.prompt_tokens:
             self.counts.computed_prompt_tokens += rows

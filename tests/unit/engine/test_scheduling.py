@@ -223,7 +223,7 @@ def test_a_prompt_that_is_wholly_cached_still_computes_one_row():
     run(engine, [Request("a", [5] * 32, 1)])
     outputs = run(engine, [Request("b", [5] * 32, 1)])["b"]
     assert outputs[0].cached_tokens == 16
-    assert runner.plans[-1] == [("b", 16, 16, True)]
+    assert runner.plans[-1] == [("b", 16, 16, 1)]
 
 
 @pytest.mark.parametrize(

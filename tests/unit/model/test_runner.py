@@ -25,11 +25,11 @@ def runner(tmp_path: Path) -> Runner:
 
 
 def chunk(**changes: Any) -> Chunk:
-    return Chunk(**({"id": "a", "start": 0, "tokens": [1, 2], "tables": (array("i", [3]),), "sample": True} | changes))
+    return Chunk(**({"id": "a", "start": 0, "tokens": [1, 2], "tables": (array("i", [3]),), "wanted": 1} | changes))
 
 
 def test_only_sampled_chunks_have_logits_in_order(runner: Runner) -> None:
-    mates = [chunk(id=str(i), tables=(array("i", [i]),), tokens=[i + 1], sample=i != 1) for i in range(3)]
+    mates = [chunk(id=str(i), tables=(array("i", [i]),), tokens=[i + 1], wanted=int(i != 1)) for i in range(3)]
     logits = runner.run(StepPlan(0, mates))
     assert logits.shape == (2, 32)
     assert logits.dtype == torch.float32
@@ -37,14 +37,30 @@ def test_only_sampled_chunks_have_logits_in_order(runner: Runner) -> None:
         assert torch.equal(row, runner.run(StepPlan(1, [mate]))[0])
 
 
+def test_several_rows_of_a_chunk_are_those_of_its_beginnings(runner: Runner) -> None:
+    mates = [chunk(id="a", tokens=[3, 4, 5, 6], wanted=3), chunk(id="b", tables=(array("i", [1]),), tokens=[7, 8])]
+    logits = runner.run(StepPlan(0, mates))
+    assert logits.shape == (4, 32)
+    for i in range(3):
+        alone = runner.run(StepPlan(1, [chunk(tokens=[3, 4, 5, 6][: i + 2], tables=(array("i", [2]),))]))
+        assert torch.equal(logits[i], alone[0])
+    assert torch.equal(logits[3], runner.run(StepPlan(2, [mates[1]]))[0])
+
+
+@pytest.mark.parametrize("wanted", [-1, 3])
+def test_rows_wanted_are_rows_of_the_chunk(runner: Runner, wanted: int) -> None:
+    with pytest.raises(ValueError, match=f"wanted rows \\[1, {wanted}\\] of chunks of \\[2, 2\\] rows"):
+        runner.run(StepPlan(0, [chunk(), chunk(tables=(array("i", [4]),), wanted=wanted)]))
+
+
 def test_nothing_sampled_and_nothing_at_all(runner: Runner) -> None:
-    assert runner.run(StepPlan(0, [chunk(sample=False)])).shape == (0, 32)
+    assert runner.run(StepPlan(0, [chunk(wanted=0)])).shape == (0, 32)
     assert runner.run(StepPlan(1)).shape == (0, 32)
 
 
 def test_rows_not_sampled_still_reach_the_cache(runner: Runner) -> None:
     whole = runner.run(StepPlan(0, [chunk(tokens=[5, 6, 7])]))
-    runner.run(StepPlan(1, [chunk(tokens=[5, 6], sample=False, tables=(array("i", [1]),))]))
+    runner.run(StepPlan(1, [chunk(tokens=[5, 6], wanted=0, tables=(array("i", [1]),))]))
     assert torch.equal(runner.run(StepPlan(2, [chunk(start=2, tokens=[7], tables=(array("i", [1]),))])), whole)
 
 
