@@ -9,6 +9,7 @@ from cluster import gateway, replica
 from cluster.directory import Directory, create
 from cluster.plan import Plan, serve_logging
 from router.actor import remove
+from router.admission import Limits
 from understudy.errors import InternalError
 
 APPLICATION = "understudy"
@@ -25,7 +26,9 @@ def start_serve(plan: Plan) -> Directory:
     from ray import serve
 
     serve.start(proxy_location="Disabled", logging_config=serve_logging(plan.gateway.logs))
-    return create(plan.gateway.namespace, plan.gateway.config.heartbeat_timeout)
+    config = plan.gateway.config
+    limits = Limits(config.max_queue, config.max_queued_tokens)
+    return create(plan.gateway.namespace, config.heartbeat_timeout, limits)
 
 
 def deploy(plan: Plan) -> None:

@@ -37,6 +37,14 @@ def serve(
     gateways: Annotated[int | None, _option("Gateway processes that share the port (1).", _SERVICE)] = None,
     admin_port: Annotated[int | None, _option("Operators' gRPC, on loopback (50052).", _SERVICE)] = None,
     metrics_port: Annotated[int | None, _option("Prometheus, on loopback (9464).", _SERVICE)] = None,
+    max_streams: Annotated[int | None, _option("Streams that a gateway carries at once (4096).", _SERVICE)] = None,
+    max_message_bytes: Annotated[
+        str | None, _option("Size of a request at most (16MiB).", _SERVICE, metavar="SIZE")
+    ] = None,
+    max_queue: Annotated[int | None, _option("Sequences that wait at a replica at most (256).", _SERVICE)] = None,
+    max_queued_tokens: Annotated[
+        int | None, _option("Prompt tokens that wait at a replica at most (1048576).", _SERVICE)
+    ] = None,
     drain_seconds: Annotated[
         float | None, _option("How long a leaving replica lets streams end (30).", _SERVICE)
     ] = None,

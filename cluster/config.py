@@ -115,6 +115,11 @@ class ServiceConfig(BaseModel):
     tls_key: FilePath | None = None
     tls_client_ca: FilePath | None = None
     tokens: FilePath | None = None
+    max_streams: Annotated[int, Field(ge=1, le=1_000_000)] = 4096
+    # gRPC counts messages in 32 bits, and is given twice this much so that a refusal can be one of ours.
+    max_message_bytes: Annotated[int, Field(ge=1 << 16, le=512 << 20), BeforeValidator(parse_size)] = 16 << 20
+    max_queue: Annotated[int, Field(ge=1, le=1_000_000)] = 256
+    max_queued_tokens: Annotated[int, Field(ge=1)] = 1 << 20
     drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
     heartbeat_timeout: Annotated[float, Field(ge=0.5, le=600)] = 2.0
     ray_address: str | None = None

@@ -6,6 +6,7 @@ nobody; within a beat everybody has announced itself again.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
@@ -13,6 +14,7 @@ import msgspec
 
 from cluster.roster import Claim, Member, ProcessInfo, Roster
 from router.actor import ACTOR_NAME, RayRouter, RouterActor
+from router.admission import Limits
 from workers.actors import LeaderReport
 
 _encode = msgspec.msgpack.encode
@@ -26,8 +28,8 @@ _report = msgspec.msgpack.Decoder(LeaderReport)
 class DirectoryActor(RouterActor):
     """The actor's class. Everything crosses as msgpack."""
 
-    def __init__(self, heartbeat_timeout: float = 2.0) -> None:
-        super().__init__(heartbeat_timeout)
+    def __init__(self, heartbeat_timeout: float = 2.0, limits: dict[str, int] | None = None) -> None:
+        super().__init__(heartbeat_timeout, limits)
         first = int(time.time()) if _restarted() else 1
         self._roster = Roster(time.monotonic, timeout_s=max(5.0, 2.5 * heartbeat_timeout), first_epoch=first)
 
@@ -95,13 +97,15 @@ class Directory(RayRouter):
             raise ConnectionError(f"the router does not answer: {error}") from error
 
 
-def create(namespace: str, heartbeat_timeout: float) -> Directory:
-    """The directory of a namespace, started where there is none."""
+def create(namespace: str, heartbeat_timeout: float, limits: Limits) -> Directory:
+    """The directory of a namespace, started where there is none; `limits` are those of each replica's queue."""
     import ray
 
     options: dict[str, Any] = {"name": ACTOR_NAME, "namespace": namespace, "lifetime": "detached"}
     options |= {"get_if_exists": True, "max_restarts": -1, "num_cpus": 0}
-    return Directory(ray.remote(DirectoryActor).options(**options).remote(heartbeat_timeout))
+    return Directory(
+        ray.remote(DirectoryActor).options(**options).remote(heartbeat_timeout, dataclasses.asdict(limits))
+    )
 
 
 def find(namespace: str) -> Directory:

@@ -54,6 +54,8 @@ class GatewayApp:
                 host=config.host,
                 port=config.port,
                 share_port=config.gateways > 1,
+                max_message_bytes=config.max_message_bytes,
+                max_streams=config.max_streams,
                 tls_cert=config.tls_cert,
                 tls_key=config.tls_key,
                 tls_client_ca=config.tls_client_ca,

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 Stage = Literal["starting", "loading", "warming", "ready", "draining", "failed"]
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
+_STOP_S = 10.0  # for the step under way
 BuildEngine = Callable[[EngineConfig, Progress], Engine]
 
 
@@ -137,13 +138,18 @@ class Leader:
         return await asyncio.to_thread(self._loop.drain, time.monotonic() + seconds)
 
     async def stop(self) -> None:
-        """Cancels what is left and gives everything back; the log says what the engine then still holds. Idempotent."""
+        """Cancels what is left and gives everything back; the log says what the engine then still holds, or that it
+        did not end. Idempotent."""
         loop, self._loop = self._loop, None
         wire, self._wire = self._wire, None
         if wire is not None:
             await wire.stop()
-        if loop is not None:
-            await asyncio.to_thread(loop.stop, 10.0)
+        if loop is None:
+            return
+        if not await asyncio.to_thread(loop.stop, _STOP_S):
+            log.error("the engine was left behind: its step did not end within %g s", _STOP_S)
+        elif loop.error is not None:
+            log.error("the engine did not end well: %s", loop.error)
 
     def _progress(self, done: int, total: int) -> None:
         self._done = done / total if total else 0.0

@@ -54,8 +54,9 @@ def test_every_flag_of_complete_reaches_the_service(server: FakeServer) -> None:
         "--model fake --temperature 0.5 --top-k 7 --top-p 0.75 --min-p 0.25 --seed 18446744073709551615 --max-tokens 9 "
         "--min-tokens 2 --stop x --stop y --stop-token-id 3 --stop-token-id 4 --ignore-eos --include-stop --logprobs 1 "
         "--cache-salt s --bypass-prefix-cache --priority -3 --request-id mine --token secret --n 2 "
-        "--repetition-penalty 1.5 --presence-penalty -0.5 --frequency-penalty 0.25 --logit-bias 5=1.5 --logit-bias 6=-100 "
-        "--bad-word a --bad-word b --regex x+ --explain --candidates 3 --attention 0 --attention 2 --prompt-logprobs 1 --echo"
+        "--repetition-penalty 1.5 --presence-penalty -0.5 --frequency-penalty 0.25 --logit-bias 5=1.5 "
+        "--logit-bias 6=-100 --bad-word a --bad-word b --regex x+ --explain --candidates 3 --attention 0 --attention 2 "
+        "--prompt-logprobs 1 --echo"
     )
     assert run("complete", "Hi", *flags.split(), address=server.address).exit_code == 0
     call = server.calls[0]

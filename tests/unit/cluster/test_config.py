@@ -37,6 +37,8 @@ def test_defaults(model: Path) -> None:
     config = load({"model": [str(model)]})
     assert (config.host, config.port, config.admin_port, config.metrics_port) == ("127.0.0.1", 50051, 50052, 9464)
     assert (config.gateways, config.drain_seconds, config.heartbeat_timeout) == (1, 30, 2)
+    assert (config.max_streams, config.max_message_bytes) == (4096, 16 << 20)
+    assert (config.max_queue, config.max_queued_tokens) == (256, 1 << 20)
     (served,) = config.models
     assert (served.name, served.path, served.replicas, served.dtype) == ("llama", model, 1, "auto")
     assert config.notes == ()
@@ -86,6 +88,11 @@ def test_several_models_by_name(model: Path) -> None:
         ({"replicas": "many"}, ["--replicas", "many", "integer"]),
         ({"max_running": 0}, ["--max-running", "0"]),
         ({"heartbeat_timeout": 0.1}, ["--heartbeat-timeout", "0.1", "0.5"]),
+        ({"max_streams": 0}, ["--max-streams", "0", "1"]),
+        ({"max_message_bytes": "1KiB"}, ["--max-message-bytes", "1024", "65536"]),
+        ({"max_message_bytes": "1GiB"}, ["--max-message-bytes", "536870912"]),
+        ({"max_queue": 0}, ["--max-queue", "0", "1"]),
+        ({"max_queued_tokens": -1}, ["--max-queued-tokens", "-1", "1"]),
         ({"host": "0.0.0.0"}, ["--host", "0.0.0.0", "--tls-cert", "127.0.0.1"]),
         ({"port": 4, "admin_port": 4}, ["--admin-port", "4", "--port"]),
         ({"tls_cert": Path("/nowhere")}, ["--tls-cert", "/nowhere", "no such file"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -348,3 +349,46 @@ async def test_the_real_builder_refuses_what_is_no_checkpoint(tmp_path: Path) ->
     report = await Leader(EngineConfig(str(tmp_path)), build_real_engine, wire, own_process=False).start()
     assert (report.stage, report.error_kind) == ("failed", "CHECKPOINT")
     assert "NoSuchModel" in report.error
+
+
+async def test_a_stopped_leader_logs_what_its_engine_still_holds(caplog: pytest.LogCaptureFixture) -> None:
+    class Holding(FakeEngine):
+        def check_idle(self) -> None:
+            raise RuntimeError("not idle: 3 blocks are held")
+
+    made = leader(lambda _c, _p: Holding())
+    assert (await made.start()).stage == "ready"
+    await made.stop()
+    await made.stop()
+    assert caplog.messages.count("the engine did not end well: not idle: 3 blocks are held") == 1
+    report = await made.report()
+    assert (report.stage, report.error) == ("failed", "RuntimeError: not idle: 3 blocks are held")
+
+
+async def test_a_stopped_leader_logs_that_its_engine_hangs(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.actors._STOP_S", 0.01)
+    go_on, stuck = threading.Event(), threading.Event()
+
+    def hang(_seconds: float) -> None:
+        if armed:
+            stuck.set()
+            go_on.wait(60)
+
+    armed: list[bool] = []
+    loops: list[EngineLoop] = []
+    made = Leader(
+        CONFIG,
+        lambda _c, _p: FakeEngine(step_s=1.0, sleep=hang),
+        lambda loop: (loops.append(loop), wire(loop))[1],
+        own_process=False,
+    )
+    await made.start()
+    armed.append(True)
+    loops[0].attach(lambda _: None).submit(Request("a", [1], 1))
+    assert await asyncio.to_thread(stuck.wait, 60)
+    await made.stop()
+    assert "the engine was left behind: its step did not end within 0.01 s" in caplog.messages
+    go_on.set()
+    assert await asyncio.to_thread(loops[0].stop, 60)
