@@ -10,16 +10,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from workers.engine.contract import Sampling
+
+GREEDY = Sampling(temperature=0.0)
+
 
 @dataclass(frozen=True, slots=True)
 class Ask:
     """One sequence that decodes: `tokens` is prompt and answer so far (a view: neither kept nor changed), all of
-    them decided. At most `at_most` >= 1 tokens of draft are of use. `salt` as in `Request.cache_salt`."""
+    them decided. At most `at_most` >= 1 tokens of draft are of use. `salt` as in `Request.cache_salt`; `sampling`,
+    `index` and `made` (tokens of the answer so far) are how the next one is drawn."""
 
     id: str
     tokens: Sequence[int]
     at_most: int
     salt: str = ""
+    sampling: Sampling = GREEDY
+    index: int = 0
+    made: int = 0
 
 
 class Proposer(Protocol):

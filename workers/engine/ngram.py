@@ -12,6 +12,9 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
+from workers.engine.drafts import Ask
+from workers.engine.speculate import Pace
+
 SHORTEST, LONGEST = 2, 16
 CANDIDATES = 16
 WINDOW = 16384
@@ -77,3 +80,28 @@ def _common_past(tokens: Sequence[int], place: int) -> int:
     while count < most and tokens[place - 1 - count] == tokens[end - 1 - count]:
         count += 1
     return count
+
+
+class NgramProposer:
+    """`workers.engine.drafts.Proposer` over one index per sequence."""
+
+    def __init__(self) -> None:
+        self._sequences: dict[str, tuple[Lookup, Pace]] = {}
+
+    def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
+        return [self._draft(ask) for ask in asks]
+
+    def forget(self, id: str) -> None:
+        self._sequences.pop(id, None)
+
+    def close(self) -> None:
+        self._sequences.clear()
+
+    def _draft(self, ask: Ask) -> list[int]:
+        if (known := self._sequences.get(ask.id)) is None:
+            known = self._sequences[ask.id] = (Lookup(), Pace())
+        lookup, pace = known
+        count = pace.allowed(ask.tokens, ask.at_most)
+        draft = lookup.draft(ask.tokens, count) if count else []
+        pace.drafted(ask.tokens, draft)
+        return draft
