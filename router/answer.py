@@ -165,7 +165,7 @@ class _SequenceAnswer:
         self._ids += ids
         self._logprobs += batch.logprobs
         self._traces += batch.traces
-        silent = batch.finish in _ENDS and not self._request.include_stop and bool(ids)
+        silent = batch.finish in _ENDS and not self._request.include_stop and self._ends(ids)
         piece = self._text.push(ids[:-1] if silent else ids)
         if piece.stop is None and batch.finish is not None:
             if silent:
@@ -177,6 +177,10 @@ class _SequenceAnswer:
         elif batch.finish is not None:
             messages.append(self._end(batch.finish, None, last))
         return messages
+
+    def _ends(self, ids: list[int]) -> bool:
+        """Whether the last id is what ended it: an answer whose format is whole may end without one."""
+        return bool(ids) and (ids[-1] in self._request.eos_ids or ids[-1] in self._request.stop_ids)
 
     def cut(self, reason: FinishReason, now: float) -> list[pb.GenerateResponse]:
         """What is held back, and the end."""

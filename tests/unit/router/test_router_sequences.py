@@ -8,14 +8,19 @@ from typing import Any
 
 import grpc
 import pytest
-from router_stage import EOS, Stage, problem, says, until
+from router_stage import EOS, VOCAB, Stage, problem, says, until
 
 from router.admission import Limits
+from router.answer import Answer
 from router.clock import LoopClock
-from router.dispatch import Patience
+from router.dispatch import Batch, Patience
+from router.models import SamplingDefaults, ServedModel
 from router.state import Query, Router
+from router.text import ModelText
+from router.validate import validate
 from understudy.v1 import inference_pb2 as pb
-from workers.engine import Request
+from workers.engine import FinishReason, Request
+from workers.engine.fake import FakeEngine
 
 N = 4
 LENGTH = 24
@@ -393,3 +398,13 @@ async def test_a_hundred_and_twenty_eight(stage: Stage) -> None:
     await stage.open()
     split = await whole(stage, four(sampling=pb.Sampling(n=128), stopping=pb.Stopping(max_tokens=2, ignore_eos=True)))
     assert [len(ids) for ids in split.ids] == [2] * 128
+
+
+@pytest.mark.parametrize(("ids", "said"), [([*b"ab"], "ab"), ([*b"ab", EOS], "ab"), ([], "")])
+def test_an_answer_may_end_without_a_token_that_ends_it(text: ModelText, ids: list[int], said: str) -> None:
+    """As one whose format is whole does."""
+    model = ServedModel(FakeEngine(vocab_size=VOCAB).info, text, SamplingDefaults(eos_token_ids=(EOS,)))
+    answer = Answer(validate(pb.GenerateRequest(text="hi"), model), model, 0.0)
+    split = Split(answer.add(Batch(token_ids=ids, finish=FinishReason.EOS), 0.0), 1)
+    assert (split.texts, split.ids, split.reasons()) == ([said], [ids], ["EOS"])
+    assert split.finishes[0].usage.completion_tokens == len(ids)
