@@ -16,6 +16,7 @@ class FinishReason(enum.StrEnum):
     LENGTH = "FINISH_REASON_LENGTH"
     CANCELLED = "FINISH_REASON_CANCELLED"
     TIMEOUT = "FINISH_REASON_TIMEOUT"
+    TOOL_CALLS = "FINISH_REASON_TOOL_CALLS"
 
 
 class Health(enum.StrEnum):

@@ -20,6 +20,11 @@ class InferenceStub(object):
                 request_serializer=understudy_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=understudy_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 )
+        self.Chat = channel.unary_stream(
+                '/understudy.v1.Inference/Chat',
+                request_serializer=understudy_dot_v1_dot_inference__pb2.ChatRequest.SerializeToString,
+                response_deserializer=understudy_dot_v1_dot_inference__pb2.ChatResponse.FromString,
+                )
         self.Tokenize = channel.unary_unary(
                 '/understudy.v1.Inference/Tokenize',
                 request_serializer=understudy_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -43,6 +48,13 @@ class InferenceServicer(object):
 
     def Generate(self, request, context):
         """Streams one completion: first a PromptInfo, then deltas, then one Finish per sequence.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Chat(self, request, context):
+        """Streams one answer in a conversation: first a PromptInfo, then deltas, then one Finish per sequence.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,6 +88,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=understudy_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=understudy_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Chat': grpc.unary_stream_rpc_method_handler(
+                    servicer.Chat,
+                    request_deserializer=understudy_dot_v1_dot_inference__pb2.ChatRequest.FromString,
+                    response_serializer=understudy_dot_v1_dot_inference__pb2.ChatResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -117,6 +134,23 @@ class Inference(object):
         return grpc.experimental.unary_stream(request, target, '/understudy.v1.Inference/Generate',
             understudy_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             understudy_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Chat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(request, target, '/understudy.v1.Inference/Chat',
+            understudy_dot_v1_dot_inference__pb2.ChatRequest.SerializeToString,
+            understudy_dot_v1_dot_inference__pb2.ChatResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 
