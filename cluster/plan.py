@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cluster.config import ModelConfig, ServiceConfig, is_loopback
 from cluster.local import NAMESPACE
+from router.chat.templates import MORE_TEMPLATES, TEMPLATE_FILE
 from router.models import TEXT_FILES
 from understudy.errors import CheckpointError
 from workers.engine import EngineConfig
@@ -78,7 +79,8 @@ def make_plan(config: ServiceConfig, cpus: int, logs: Path | None = None) -> Pla
 def read_text_files(path: Path) -> dict[str, bytes]:
     """Tokenizer, template and defaults of a checkpoint, compressed. Raises CheckpointError."""
     found: dict[str, bytes] = {}
-    for name in (*TEXT_FILES, "chat_template.jinja"):
+    more = sorted(f"{MORE_TEMPLATES}/{p.name}" for p in (path / MORE_TEMPLATES).glob("*.jinja"))
+    for name in (*TEXT_FILES, TEMPLATE_FILE, *more):
         try:
             found[name] = zlib.compress((path / name).read_bytes(), 1)
         except FileNotFoundError:

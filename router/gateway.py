@@ -9,6 +9,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,6 +20,8 @@ from grpc_reflection.v1alpha import reflection
 from router.answer import Answer
 from router.bounds import check_token_ids, show
 from router.channels import ChannelPool, Connect, Timing
+from router.chat.service import Chats
+from router.chat.service import Context as ChatContext
 from router.clock import Clock, LoopClock
 from router.dispatch import Batch, Dispatcher, Patience, Stream
 from router.interceptors import CallInterceptor, Tokens, current_call
@@ -33,6 +36,7 @@ from understudy.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, O
 from understudy.v1 import inference_pb2 as pb
 from understudy.v1 import inference_pb2_grpc
 from workers.engine import FinishReason
+from workers.engine.contract import Interjection
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +77,11 @@ class Models:
 class InferenceService:
     """The methods of `understudy.v1.Inference`."""
 
-    def __init__(self, models: Models, dispatcher: Dispatcher, metrics: Metrics, config: GatewayConfig) -> None:
+    def __init__(
+        self, models: Models, dispatcher: Dispatcher, metrics: Metrics, config: GatewayConfig, chats: Chats
+    ) -> None:
         self._models = models
+        self._chats = chats
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._config = config
@@ -82,6 +89,16 @@ class InferenceService:
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
         """Streams one completion."""
+        await self._generate(request, self._models.find(request.model), context)
+
+    async def Chat(self, request: pb.ChatRequest, context: Any) -> None:
+        """Streams one answer in a conversation."""
+        plan = await self._chats.plan(request, self._models.find(request.model))
+        await self._generate(plan.request, plan.model, ChatContext(plan.answer, context), plan.interjection)
+
+    async def _generate(
+        self, request: pb.GenerateRequest, model: ServedModel, context: Any, interjection: Interjection | None = None
+    ) -> None:
         call = current_call.get()
         if request.request_id:
             call.request_id = valid_request_id(request.request_id)
@@ -89,11 +106,10 @@ class InferenceService:
             request.request_id = call.request_id
         started = self._clock.now()
         deadline = None if call.deadline_s is None else started + call.deadline_s - _margin(call.deadline_s)
-        model = self._models.find(request.model)
         call.notes["model"] = model.name
         if len(self._dispatcher.streams) >= self._config.max_streams:
             raise Overloaded(f"this gateway carries {self._config.max_streams} streams, all it may; come back in 1 s")
-        valid, answer = await self._prepare(request, model, call.tenant, started)
+        valid, answer = await self._prepare(request, model, call.tenant, started, interjection)
         if not answer.to_make:
             for message in answer.open():
                 await context.write(message)
@@ -113,13 +129,18 @@ class InferenceService:
                 call.notes["finish"] = ",".join(reason.name for reason in answer.reasons)
 
     async def _prepare(
-        self, request: pb.GenerateRequest, model: ServedModel, tenant: str, started: float
+        self,
+        request: pb.GenerateRequest,
+        model: ServedModel,
+        tenant: str,
+        started: float,
+        interjection: Interjection | None,
     ) -> tuple[ValidRequest, Answer]:
         """Checks, encodes, and gets ready to decode: in a thread, where that may take long."""
         infos = [k.info for k in self._dispatcher.pool.alive() if k.info.model == model.name]
 
         def prepare() -> tuple[ValidRequest, Answer]:
-            valid = validate(request, model, tenant=tenant, infos=infos)
+            valid = replace(validate(request, model, tenant=tenant, infos=infos), interjection=interjection)
             stops = StopStrings(valid.stop) if valid.stop else None
             return valid, Answer(valid, model, started, stops)
 
@@ -239,6 +260,7 @@ class Gateway:
         self._router = FallbackRouter(router, LocalRouter(self.pool, secrets.SystemRandom()), clock)
         self.dispatcher = Dispatcher(self._router, self.pool, clock, patience)
         self._health = health.aio.HealthServicer()
+        self._chats = Chats()
         self._server: Any = None
         self._watching: asyncio.Task[None] | None = None
         self._connecting: dict[str, asyncio.Task[None]] = {}
@@ -256,7 +278,7 @@ class Gateway:
         tokens = Tokens.read(self._config.tokens) if self._config.tokens is not None else None
         interceptor = CallInterceptor(self.metrics, tokens, self._config.max_message_bytes)
         server: Any = grpc.aio.server(interceptors=[interceptor], options=server_options(self._config))
-        service = InferenceService(self.models, self.dispatcher, self.metrics, self._config)
+        service = InferenceService(self.models, self.dispatcher, self.metrics, self._config, self._chats)
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -284,6 +306,7 @@ class Gateway:
         for task in connecting:
             task.cancel()
         await asyncio.gather(*connecting, return_exceptions=True)
+        self._chats.close()
         await self.pool.close()
 
     # Which replicas there are, and whether a token can be had.

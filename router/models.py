@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from router.chat.formats import ChatFormats
+from router.chat.templates import ChatTemplate
 from router.text import ModelText
 from understudy.errors import CheckpointError
 from workers.engine import EngineInfo
@@ -75,6 +77,8 @@ class ServedModel:
     info: EngineInfo
     text: ModelText
     defaults: SamplingDefaults
+    chat: ChatTemplate = field(default_factory=lambda: ChatTemplate({}))
+    chat_formats: ChatFormats = field(default_factory=ChatFormats)
 
     @property
     def name(self) -> str:
@@ -102,7 +106,8 @@ class ServedModel:
             )
         text = ModelText(files["tokenizer.json"], read("tokenizer_config.json"), info.vocab_size)
         defaults = SamplingDefaults.from_configs(read("generation_config.json"), read("config.json"))
-        return cls(info, text, defaults)
+        chat = ChatTemplate.from_files(files)
+        return cls(info, text, defaults, chat, ChatFormats.detect(chat))
 
 
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")

@@ -12,6 +12,7 @@ characters (the library gives them up, which a stream that has sent them cannot)
 from __future__ import annotations
 
 import codecs
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -147,6 +148,7 @@ class ModelText:
                 f"tokenizer.json: token {token!r} has id {last}, beyond the model's vocab_size of {vocab_size} in "
                 "config.json; use the tokenizer that belongs to these weights"
             )
+        self._showing: dict[tuple[int, ...], ModelText] = {}
         self.vocab_size = vocab_size if vocab_size is not None else last + 1
         self._special_ids = {i for i, t in self.tokenizer.get_added_tokens_decoder().items() if t.special}
         self._add_bos_and_eos(config, vocab)
@@ -247,6 +249,18 @@ class ModelText:
             text: str = self.tokenizer.decode([id], skip_special_tokens=False)
             return text
         return self._shown[id].decode("utf-8", "replace") if id < len(self._shown) else ""
+
+    def showing(self, ids: tuple[int, ...]) -> ModelText:
+        """The same, but decoders show these special tokens. Without a byte table nothing changes."""
+        if self._bytes is None or not ids:
+            return self
+        if ids not in self._showing:
+            other = copy.copy(self)
+            other._spoken = list(self._spoken)
+            for id in ids:
+                other._spoken[id] = self._shown[id]
+            self._showing[ids] = other
+        return self._showing[ids]
 
     def decoder(self, prompt: Sequence[int]) -> Decoder:
         """An incremental decoder of what follows `prompt`."""

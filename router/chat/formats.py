@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from router.chat.parser import THOUGHTS, TOOL_FORMATS, HarmonyParser, Parser
@@ -83,14 +82,7 @@ def _variables(source: str) -> set[str]:
     return {word for line in source.split("{%")[1:] for word in line.split("%}")[0].split() if word.isidentifier()}
 
 
-def seeing(text: ModelText, tokens: tuple[str, ...]) -> Callable[[], ModelText]:
-    """The same text side, whose decoders show these special tokens; made when first called."""
-    made: list[ModelText] = []
-
-    def make() -> ModelText:
-        if not made:
-            ids = [text.tokenizer.token_to_id(t) for t in tokens]
-            made.append(text.showing([i for i in ids if i is not None]))
-        return made[0]
-
-    return make
+def seeing(text: ModelText, tokens: tuple[str, ...]) -> ModelText:
+    """The same text side, whose decoders show these special tokens."""
+    ids = [text.tokenizer.token_to_id(t) for t in tokens]
+    return text.showing(tuple(i for i in ids if i is not None))

@@ -11,7 +11,6 @@ from router.chat import messages as typed
 from router.chat.answer import ChatAnswer
 from router.chat.formats import HARMONY, ChatFormats, seeing
 from router.chat.renderer import Renderer
-from router.chat.templates import ChatTemplate
 from router.models import ServedModel
 from router.text import ModelText
 from understudy.errors import InvalidRequest
@@ -101,7 +100,7 @@ class Chats:
         formats = model.chat_formats
         thinking = formats.opened(model.text.decode(prompt[-_TAIL:], skip_special_tokens=False))
         interjection = Interjection(budget, [closer]) if budget is not None and closer is not None else None
-        text = seeing(model.text, formats.visible(with_tools))()
+        text = seeing(model.text, formats.visible(with_tools))
         ends = dict.fromkeys((*model.defaults.eos_token_ids, *_turn_ends(model)))
         seen = replace(model, text=text, defaults=replace(model.defaults, eos_token_ids=tuple(ends)))
         answer = ChatAnswer(

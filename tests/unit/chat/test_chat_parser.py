@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -65,8 +66,11 @@ CASES = [
     ("llama3", "Plain {text}", [("text", "Plain {text}")]),
     ("mistral", f"[TOOL_CALLS] [{CALL}, {CALL}]", [("call", "weather"), ("done", VALUE)] * 2),
     ("mistral", f"a[TOOL_CALLS]weather[ARGS]{ARGS}", [("text", "a"), ("call", "weather"), ("done", VALUE)]),
-    ("mistral", f"[TOOL_CALLS]f[CALL_ID]x1[ARGS]{{}}[TOOL_CALLS]g{ARGS}",
-     [("call", "f"), ("done", {}), ("call", "g"), ("done", VALUE)]),
+    (
+        "mistral",
+        f"[TOOL_CALLS]f[CALL_ID]x1[ARGS]{{}}[TOOL_CALLS]g{ARGS}",
+        [("call", "f"), ("done", {}), ("call", "g"), ("done", VALUE)],
+    ),
     (
         "deepseek",
         f"So.<｜tool▁calls▁begin｜>{BEGIN}function{SEP}weather\n```json\n{ARGS}\n```{END}\n"
@@ -91,7 +95,7 @@ CASES = [
     ),
     (
         "harmony",
-        f" to=functions.f<|channel|>commentary json<|message|>{{}}<|call|><|start|>assistant<|channel|>final<|message|>x",
+        " to=functions.f<|channel|>commentary json<|message|>{}<|call|><|start|>assistant<|channel|>final<|message|>x",
         [("call", "f"), ("done", {}), ("text", "x")],
     ),
     ("harmony", "No channel at all", [("text", "No channel at all")]),
@@ -143,10 +147,9 @@ def test_arguments_that_a_struct_cannot_hold_are_text() -> None:
         assert "".join(e[1] for e in events if e[0] is Kind.TEXT) == text
 
 
-BITS = st.sampled_from(
-    [*{c for case in CASES for c in (case[1], case[1][:40], case[1][-25:])}, "{", "}", '"', "\n", "<", "[", "a", "🙂"]
-    + ["<think>", "</think>", "<|end|>", "<|message|>", "<|channel|>", "<tool_call>", "[TOOL_CALLS]", CALL]
-)
+MARKS = ["<think>", "</think>", "<|end|>", "<|message|>", "<|channel|>", "<tool_call>", "[TOOL_CALLS]", CALL]
+PARTS = {c for case in CASES for c in (case[1], case[1][:40], case[1][-25:])}
+BITS = st.sampled_from([*sorted(PARTS), *MARKS, "{", "}", '"', "\n", "<", "[", "a", "🙂"])
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -158,7 +161,7 @@ BITS = st.sampled_from(
 )
 def test_any_split_gives_the_same_events(tools: str, text: str, cuts: list[int], thinking: bool) -> None:
     at = sorted({min(c, len(text)) for c in cuts} | {0, len(text)})
-    pieces = [text[a:b] for a, b in zip(at, at[1:], strict=False)]
+    pieces = [text[a:b] for a, b in pairwise(at)]
     whole = run(tools, [text], thinking=thinking)
     assert run(tools, pieces, thinking=thinking) == whole
     assert run(tools, list(text), thinking=thinking) == whole
