@@ -15,6 +15,8 @@ import torch
 from workers.cache.manager import CacheManager
 from workers.engine.contract import EngineInfo
 from workers.engine.core import EngineCore
+from workers.engine.drafts import Proposer
+from workers.engine.formats import Formats
 from workers.engine.plan import Chunk, StepPlan
 
 BLOCK = 16
@@ -76,6 +78,8 @@ def paged_engine(
     chunk_tokens: int = 32,
     max_context: int | None = None,
     prefix_cache: bool = True,
+    formats: Formats | None = None,
+    proposer: Proposer | None = None,
 ) -> tuple[EngineCore, PagedRunner]:
     windows = [None] if windows is None else windows
     counts = [blocks] * len(windows) if isinstance(blocks, int) else blocks
@@ -95,4 +99,4 @@ def paged_engine(
         chunk_tokens=chunk_tokens,
     )
     cache = CacheManager(counts, windows, BLOCK, prefix_cache)
-    return EngineCore(runner, info, cache, PlainSamplingOps()), runner
+    return EngineCore(runner, info, cache, PlainSamplingOps(), formats, proposer), runner

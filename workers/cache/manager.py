@@ -105,6 +105,24 @@ class CacheManager:
         table.registered = count
         return count * self.block_tokens
 
+    def share(self, source: BlockTable, table: BlockTable, blocks: int) -> bool:
+        """Holds the first `blocks` blocks of `source`, all of them computed, in the empty `table` too: as far as a
+        row after them reads them. False, and nothing is held, where the source has given one of those back."""
+        firsts = [min(self._first_needed(blocks * self.block_tokens, g), blocks) for g in range(len(self._pools))]
+        for entries, first in zip(source.groups, firsts, strict=True):
+            if len(entries) < blocks or ABSENT in entries[first:blocks]:
+                return False
+        for group, first in enumerate(firsts):
+            for i in range(blocks):
+                block = source.groups[group][i] if i >= first else ABSENT
+                if block != ABSENT:
+                    self._pools[group].hold(block)
+                table.groups[group].append(block)
+            table.behind[group] = first
+        table.keys = source.keys[:blocks]
+        table.registered = min(source.registered, blocks)
+        return True
+
     def missing(self, table: BlockTable, positions: int, group: int) -> int:
         """Blocks that the table lacks in a group to cover [0, positions)."""
         return max(0, -(-positions // self.block_tokens) - len(table.groups[group]))

@@ -150,8 +150,10 @@ class SequenceOutput(msgspec.Struct, array_like=True):
 
     `token_ids` (several, where the engine speculates) includes the token that ended it (EOS or stop token).
     `cached_tokens` and `prompt_logprobs` are set in the first output of a sequence: how many prompt tokens the prefix
-    tree spared, and what was asked for of the prompt's tokens from the second on. `traces` has one entry per token
-    where a probe was asked for. `error` says what went wrong when `finish` is ERROR.
+    tree spared (later members of a family say what the first did), and what was asked for of the prompt's tokens from
+    the second on. `traces` has one entry per token where a probe was asked for. A format that lets nothing follow
+    ends its answer with EOS, with or without an EOS token. `error` says what went wrong when `finish` is ERROR: that
+    rules leave no token, among other things.
     """
 
     id: str

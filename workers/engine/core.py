@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
 from workers.cache.keys import root_key
 from workers.cache.manager import CacheManager
-from workers.engine.contract import EngineInfo, EngineStats, FinishReason, Request, SequenceOutput
-from workers.engine.plan import StepPlan
+from workers.engine.contract import EngineInfo, EngineStats, FinishReason, Grammar, Request, SequenceOutput, TokenTrace
+from workers.engine.drafts import Ask, Proposer
+from workers.engine.formats import Bits, Formats, Matcher
+from workers.engine.plan import Chunk, StepPlan
 from workers.engine.sampler import Choice, Row, Sampler, SamplingOps
 from workers.engine.scheduler import Scheduler
 from workers.engine.sequence import Sequence, finish_of
+from workers.engine.ways import Ways, asks, masks_of
 
 log = logging.getLogger(__name__)
 
@@ -22,15 +27,41 @@ class StepRunner(Protocol):
     """What computes a plan's rows: `workers.engine.runner.Runner`, or a test's own."""
 
     def run(self, plan: StepPlan) -> Tensor:
-        """Logits [S, V], of any float type, of the last `wanted` rows of each chunk, in the plan's order. S may be 0."""
+        """Logits [S, V], S >= 0, of any float type, of the last `wanted` rows of each chunk, in the plan's order."""
 
     def close(self) -> None: ...
 
 
-class EngineCore:
-    """Keeps the contract of `Engine` over a runner, a sampler and the block cache."""
+Masks = list[tuple[Bits, bool]]
 
-    def __init__(self, runner: StepRunner, info: EngineInfo, cache: CacheManager, ops: SamplingOps) -> None:
+
+@dataclass(slots=True)
+class _Made:
+    """What a step made of one sequence."""
+
+    sequence: Sequence
+    choices: list[Choice] = field(default_factory=list)
+    finish: FinishReason | None = None
+    error: str = ""
+
+
+class EngineCore:
+    """Keeps the contract of `Engine` over a runner, a sampler and the block cache.
+
+    `formats` opens grammars: without one, a request that has a grammar ends with ERROR. `proposer` guesses tokens, at
+    most `draft_tokens` per sequence and step. Both are closed by whoever made them, but the proposer, with the engine.
+    """
+
+    def __init__(
+        self,
+        runner: StepRunner,
+        info: EngineInfo,
+        cache: CacheManager,
+        ops: SamplingOps,
+        formats: Formats | None = None,
+        proposer: Proposer | None = None,
+        draft_tokens: int = 4,
+    ) -> None:
         self._runner = runner
         self._info = info
         self._cache = cache
@@ -40,29 +71,43 @@ class EngineCore:
         self._ended: list[SequenceOutput] = []  # over without a step: told by the next one
         self._arrivals = 0
         self._closed = False
+        self._proposer = proposer
+        self._draft_tokens = draft_tokens
+        self._formats = formats
+        self._opening: list[Sequence] = []  # whose grammar is being compiled beside the steps
+        self._threads = None if formats is None else ThreadPoolExecutor(2, thread_name_prefix="format")
 
     @property
     def info(self) -> EngineInfo:
         return self._info
 
     def step(self) -> list[SequenceOutput]:
+        if self._opening:
+            self._admit_opened()
         ended, self._ended = self._ended, []
-        if not self._sequences:
+        if len(self._sequences) == len(self._opening):
             return ended
         plan = self._scheduler.schedule()
+        if self._proposer is not None:
+            self._draft(plan, self._proposer)
+        masks = self._start_masks(plan) if self._threads is not None else {}
         try:
             logits = self._runner.run(plan)
-            choices = self._sampler.choose(logits, self._rows(plan))
+            choices = self._sampler.choose(*self._sampled(plan, logits, masks))
         except Exception as error:  # of the forward: only this step's sequences end
+            wait(masks.values())
             return ended + self._fail(error)
+        made = self._settle(plan, choices)
         self._scheduler.advance(plan)
-        return ended + self._report(plan, choices)
+        return ended + [self._report(m) for m in made]
 
     def add(self, request: Request) -> None:
         root = root_key(self._info.model_fingerprint, self._info.dtype, self._info.numerics_id, request.cache_salt)
         self._arrivals += 1
         reason = self._refusal(request)
         over = finish_of(request, len(request.generated), request.generated[-1:])
+        if request.grammar is not None and over is FinishReason.LENGTH:
+            over = None  # or its format may have ended it: known once it is opened
         if reason is not None:
             self._ended.append(SequenceOutput(request.id, [], finish=FinishReason.ERROR, error=reason))
         elif over is not None:  # a stream that broke after its last token
@@ -70,8 +115,15 @@ class EngineCore:
         else:
             rank, tokens = (-request.priority, self._arrivals), [*request.prompt, *request.generated]
             sequence = Sequence(request, rank, root, self._cache.open(), tokens)
+            if request.prompt_logprobs is not None:
+                sequence.told = []
+            if asks(request):
+                sequence.ways = Ways(request, self._info.vocab_size)
             self._sequences[request.id] = sequence
-            self._scheduler.add(sequence)
+            if request.grammar is not None:
+                self._open(sequence, request.grammar)
+            else:
+                self._scheduler.add(sequence)
 
     def cancel(self, id: str) -> None:
         if id in self._sequences:
@@ -90,49 +142,190 @@ class EngineCore:
 
     def check(self) -> None:
         """Raises RuntimeError unless every block is accounted for. For tests: it looks at every block."""
-        self._cache.check([s.table for s in self._sequences.values()])
+        tables = [s.table for s in self._sequences.values()]
+        self._cache.check([*tables, *self._scheduler.families.tables()])
 
     def close(self) -> None:
         if not self._closed:
             self._closed = True
+            if self._threads is not None:
+                self._threads.shutdown(cancel_futures=True)
+            if self._proposer is not None:
+                self._proposer.close()
             self._runner.close()
 
     def _refusal(self, request: Request) -> str | None:
         limit, asked = self._info.max_context, len(request.prompt) + request.max_tokens
         if asked > limit:
             return f"{len(request.prompt)} prompt tokens and {request.max_tokens} more exceed the context of {limit}"
+        forced = request.interjection.ids if request.interjection is not None else ()
+        if any(not 0 <= id < self._info.vocab_size for id in forced):
+            return f"interjection: {list(forced)} has ids outside the vocabulary of {self._info.vocab_size}"
+        if request.grammar is not None and self._formats is None:
+            return "grammar: this engine was built without formats; send the request without one"
         return self._scheduler.refusal(len(request.prompt), request.max_tokens)
 
-    def _rows(self, plan: StepPlan) -> list[Row]:
-        return [_row(s) for chunk, s in zip(plan.chunks, self._scheduler.planned, strict=True) if chunk.wanted]
+    # Formats: compiled beside the steps, asked while the forward runs.
 
-    def _report(self, plan: StepPlan, choices: list[Choice]) -> list[SequenceOutput]:
-        """Appends every sampled sequence's token, ends those that are over, and says so, in the order of arrival."""
-        sampled = [s for chunk, s in zip(plan.chunks, self._scheduler.planned, strict=True) if chunk.wanted]
-        pairs = sorted(zip(sampled, choices, strict=True), key=lambda pair: pair[0].rank[1])
-        return [self._advance(sequence, choice) for sequence, choice in pairs]
+    def _open(self, sequence: Sequence, grammar: Grammar) -> None:
+        formats, threads = self._formats, self._threads
+        assert formats is not None  # `_refusal` has looked
+        assert threads is not None
 
-    def _advance(self, sequence: Sequence, choice: Choice) -> SequenceOutput:
-        if choice.error:
-            return self._end(sequence, FinishReason.ERROR, choice.error)
-        sequence.tokens.append(choice.token)
-        self._scheduler.counts.generated_tokens += 1
-        finish = finish_of(sequence.request, sequence.made, (choice.token,))
-        output = self._output(sequence) if finish is None else self._end(sequence, finish)
-        output.token_ids.append(choice.token)
-        if choice.logprob is not None:
-            output.logprobs = [choice.logprob]
+        def open() -> Matcher:
+            matcher = formats.open(grammar)
+            for token in sequence.request.generated:
+                matcher.accept(token)
+            return matcher
+
+        sequence.opening = threads.submit(open)
+        self._opening.append(sequence)
+
+    def _admit_opened(self) -> None:
+        """Hands sequences to the scheduler whose format is open, and ends those whose format cannot be."""
+        if len(self._opening) == len(self._sequences):  # nothing else to do: until one is open, or somebody comes
+            wait([s.opening for s in self._opening if s.opening is not None], 0.05, FIRST_COMPLETED)
+        for sequence in [s for s in self._opening if s.opening is not None and s.opening.done()]:
+            future, sequence.opening = sequence.opening, None
+            assert future is not None
+            self._opening.remove(sequence)
+            self._scheduler.add(sequence)
+            if (error := future.exception()) is not None:
+                self._ended.append(self._end(sequence, FinishReason.ERROR, f"grammar: {error}"))
+                continue
+            sequence.matcher = future.result()
+            if sequence.matcher.finished:
+                self._ended.append(self._end(sequence, FinishReason.EOS))
+            elif sequence.made >= sequence.request.max_tokens:
+                self._ended.append(self._end(sequence, FinishReason.LENGTH))
+
+    def _start_masks(self, plan: StepPlan) -> dict[str, Future[Masks]]:
+        """Masks of the sequences that choose a token in this step, computed from now on."""
+        futures: dict[str, Future[Masks]] = {}
+        for chunk, s in zip(plan.chunks, self._scheduler.planned, strict=True):
+            if s.matcher is not None and _samples(chunk, s) and self._threads is not None:
+                drafts, ends = _drafts(chunk), (*s.request.eos_ids, *s.request.stop_ids)
+                futures[s.id] = self._threads.submit(masks_of, s.matcher, drafts, ends, self._info.vocab_size)
+        return futures
+
+    # Drafts.
+
+    def _draft(self, plan: StepPlan, proposer: Proposer) -> None:
+        places = self._scheduler.room_for_drafts(plan, self._draft_tokens)
+        if not places:
+            return
+        try:
+            drafts = proposer.propose([Ask(s.id, s.tokens, n, s.request.cache_salt) for _, s, n in places])
+        except Exception:  # guessing is a help that answers do not depend on
+            log.exception("the proposer of drafts failed; going on without it")
+            self._proposer = None
+            return
+        for (chunk, sequence, most), draft in zip(places, drafts, strict=True):
+            known = [id for id in draft[:most] if 0 <= id < self._info.vocab_size]
+            if known == draft[:most]:
+                self._scheduler.add_drafts(chunk, sequence, known)
+
+    # Rows and what becomes of them.
+
+    def _sampled(self, plan: StepPlan, logits: Tensor, masks: dict[str, Future[Masks]]) -> tuple[Tensor, list[Row]]:
+        """The rows of `logits` that become tokens. Takes down what the others say of the prompt."""
+        rows: list[Row] = []
+        lines: list[int] = []
+        at = 0
+        for chunk, s in zip(plan.chunks, self._scheduler.planned, strict=True):
+            if not chunk.wanted:
+                continue
+            if s.told is not None and chunk.start < s.prompt_tokens - 1:
+                self._hear(s, chunk, logits[at : at + chunk.wanted])
+            at += chunk.wanted
+            if _samples(chunk, s):
+                lines.extend(range(at - 1 - chunk.drafts, at))
+                if s.ways is None:
+                    rows += [_row(s, s.made + j) for j in range(1 + chunk.drafts)]
+                else:
+                    rows += _shaped_rows(s, s.ways, _drafts(chunk), masks.get(s.id))
+        return (logits if len(lines) == at else logits[lines]), rows
+
+    def _hear(self, s: Sequence, chunk: Chunk, logits: Tensor) -> None:
+        """Logprobs of the prompt tokens after the chunk's rows, but for those that are known already."""
+        assert s.told is not None
+        first, end = max(chunk.start, len(s.told)), min(chunk.start + chunk.wanted, s.prompt_tokens - 1)
+        if first < end:
+            part = logits[first - chunk.start : end - chunk.start]
+            count = s.request.prompt_logprobs or 0
+            s.told += self._sampler.prompt_logprobs(part, s.tokens[first + 1 : end + 1], count)
+
+    def _settle(self, plan: StepPlan, choices: list[Choice]) -> list[_Made]:
+        """Appends what every sequence chose, drafts as far as they agree, and finds out which are over. In the order
+        of arrival; nothing has left yet."""
+        made: list[_Made] = []
+        at = 0
+        for chunk, s in zip(plan.chunks, self._scheduler.planned, strict=True):
+            if chunk.wanted and _samples(chunk, s):
+                mine = choices[at : at + 1 + chunk.drafts]
+                at += len(mine)
+                made.append(self._take(s, chunk, mine))
+        made.sort(key=lambda m: m.sequence.rank[1])
+        return made
+
+    def _take(self, s: Sequence, chunk: Chunk, choices: list[Choice]) -> _Made:
+        made, drafts = _Made(s), _drafts(chunk)
+        for j, choice in enumerate(choices):
+            if choice.error or choice.over:
+                made.finish = FinishReason.ERROR if choice.error else FinishReason.EOS
+                made.error = choice.error
+                break
+            s.tokens.append(choice.token)
+            made.choices.append(choice)
+            made.finish = finish_of(s.request, s.made, (choice.token,))
+            if s.matcher is not None:
+                self._follow(s.matcher, choice.token, made)
+            if made.finish is not None or j == len(drafts) or choice.token != drafts[j]:
+                break
+        if drafts:
+            self._scheduler.accept_drafts(chunk, max(0, len(made.choices) - 1))
+        self._scheduler.counts.generated_tokens += len(made.choices)
+        return made
+
+    def _follow(self, matcher: Matcher, token: int, made: _Made) -> None:
+        """The format goes on with the token; where it is complete, so is the answer."""
+        if made.finish not in (None, FinishReason.LENGTH):
+            return
+        try:
+            matcher.accept(token)
+        except ValueError as error:  # only a forced token can be wrong
+            made.finish, made.error = FinishReason.ERROR, f"grammar: does not allow token {token}: {error}"
+            return
+        if matcher.finished:
+            made.finish = FinishReason.EOS
+
+    def _report(self, made: _Made) -> SequenceOutput:
+        s, choices = made.sequence, made.choices
+        output = self._output(s) if made.finish is None else self._end(s, made.finish, made.error)
+        output.token_ids = [choice.token for choice in choices]
+        if choices and choices[0].logprob is not None:
+            output.logprobs = [choice.logprob for choice in choices if choice.logprob is not None]
+        if s.request.probe is not None:
+            output.traces = [TokenTrace(choice.candidates) for choice in choices]
         return output
 
     def _output(self, sequence: Sequence) -> SequenceOutput:
         cached = None if sequence.reported else sequence.cached
+        told = None if sequence.reported or sequence.asks_prompt else sequence.told
         sequence.reported = True
-        return SequenceOutput(sequence.id, [], cached_tokens=cached)
+        return SequenceOutput(sequence.id, [], cached_tokens=cached, prompt_logprobs=told)
 
     def _end(self, sequence: Sequence, finish: FinishReason, error: str = "") -> SequenceOutput:
         """The sequence leaves and its blocks are free; its last output."""
         del self._sequences[sequence.id]
-        self._scheduler.remove(sequence)
+        if sequence.opening is not None:
+            sequence.opening.cancel()
+            self._opening.remove(sequence)
+            self._cache.close(sequence.table)
+        else:
+            self._scheduler.remove(sequence)
+        if self._proposer is not None:
+            self._proposer.forget(sequence.id)
         output = self._output(sequence)
         output.finish, output.error = finish, error
         return output
@@ -145,7 +338,30 @@ class EngineCore:
         return [self._end(sequence, FinishReason.ERROR, reason) for sequence in failed]
 
 
-def _row(sequence: Sequence) -> Row:
-    request, made = sequence.request, sequence.made
-    barred = [*request.eos_ids, *request.stop_ids] if made < request.min_tokens else ()
-    return Row(request.sampling, request.index, made, barred, request.logprobs)
+def _samples(chunk: Chunk, s: Sequence) -> bool:
+    """Whether the chunk's last rows become tokens: it reaches the end of what is known."""
+    return chunk.start + len(chunk.tokens) - chunk.drafts == len(s.tokens)
+
+
+def _drafts(chunk: Chunk) -> list[int]:
+    return chunk.tokens[len(chunk.tokens) - chunk.drafts :] if chunk.drafts else []
+
+
+def _row(s: Sequence, position: int) -> Row:
+    request = s.request
+    barred = [*request.eos_ids, *request.stop_ids] if position < request.min_tokens else ()
+    return Row(request.sampling, request.index, position, barred, request.logprobs)
+
+
+def _shaped_rows(s: Sequence, ways: Ways, drafts: list[int], masks: Future[Masks] | None) -> list[Row]:
+    """Rows of a sequence that asks for more, one after each beginning of its drafts."""
+    rows: list[Row] = []
+    allowed = None if masks is None else masks.result()
+    for j, extra in enumerate(ways.extras(s.tokens, drafts)):
+        if allowed is not None and j < len(allowed):
+            extra.mask, extra.may_end = allowed[j]
+            extra.ends = s.request.eos_ids
+        row = _row(s, s.made + j)
+        row.extra = extra
+        rows.append(row)
+    return rows

@@ -38,7 +38,7 @@ class Proposer(Protocol):
         with longer `tokens` of the same id: those of before are their beginning, however many drafts were accepted."""
 
     def forget(self, id: str) -> None:
-        """The sequence has left, or was preempted; it may be asked about again. Unknown ids are ignored."""
+        """The sequence has left; the id may come again, for another. Unknown ids are ignored."""
 
     def close(self) -> None:
         """Gives back memory. Idempotent."""

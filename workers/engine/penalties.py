@@ -1,22 +1,22 @@
-"""What a request adds to its logits before anything is drawn: bias, penalties, and tokens that may not come.
+"""What a request may do to the logits before a token is drawn, for all rows of a step at once.
 
-In this order, on the row's own copy [V] in float32, by the definitions of vLLM (https://docs.vllm.ai, sampling
-parameters), which are those of the OpenAI API and, for the repetition penalty, of https://arxiv.org/abs/1909.05858:
+For a logit l of a token that prompt or answer holds, c times in the answer alone:
 
-1. logit_bias: l_i += b_i.
-2. repetition_penalty r, for tokens of the prompt or the answer: l_i = l_i / r where l_i > 0, else l_i * r.
-3. frequency_penalty f and presence_penalty p, for tokens that the answer holds c_i > 0 times: l_i -= f c_i, then
-   l_i -= p.
-4. bad_words: where the answer ends with all of a word's ids but the last, the last one is barred.
+    bias        b:  l + b                              (any token)
+    repetition  r:  l / r where l > 0, else l * r      (prompt and answer count; CTRL, Keskar et al. 2019; as HF, vLLM)
+    frequency   f:  l - f * c                          (the answer counts; as OpenAI and vLLM)
+    presence    p:  l - p where c > 0                  (the answer counts)
 
-Each is elementwise with one rounding, so a row's bits depend on nothing beside the row. What a step costs grows with
-the number of distinct tokens, not with the vocabulary, and nothing is paid for a request that asks for none of it.
+in this order (vLLM's), in float32, each operation rounded by itself; what a repetition penalty would take beyond
+float32 becomes its largest value. Only elements that a rule names are touched, one by one: the bits of a row do not
+depend on the rows beside it.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,93 +24,82 @@ from numpy.typing import NDArray
 from workers.engine.contract import Sampling
 
 Floats = NDArray[np.float32]
-
-
-def adjusts(sampling: Sampling) -> bool:
-    """Whether `adjust` would do anything."""
-    return bool(
-        sampling.logit_bias
-        or sampling.bad_words
-        or sampling.repetition_penalty != 1
-        or sampling.frequency_penalty
-        or sampling.presence_penalty
-    )
+_LARGEST = np.finfo(np.float32).max
 
 
 class Seen:
-    """The distinct tokens of one sequence, and how often its answer holds each. Grows with the answer."""
+    """Distinct tokens of one sequence in the order in which they came, and how often the answer holds each."""
 
-    def __init__(self, prompt: Sequence[int], answer: Sequence[int] = ()) -> None:
-        self.ids = array("i")  # of the answer, in the order of their first place
-        self.counts = array("i")
-        self._place: dict[int, int] = {}
-        self._prompt = np.unique(np.asarray(prompt, np.int32))
-        self._other = self._prompt  # tokens of the prompt that the answer lacks
-        for token in answer:
-            self.add(token)
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self._place = {token: i for i, token in enumerate(dict.fromkeys(prompt))}
+        self._ids = array("q", self._place)
+        self._counts = array("q", [0]) * len(self._ids)
+        self._prompt_ids = len(self._ids)
+        self.length = 0  # tokens of the answer that are counted
 
     def add(self, token: int) -> None:
         """The answer goes on with `token`."""
-        place = self._place.setdefault(token, len(self.ids))
-        if place < len(self.ids):
-            self.counts[place] += 1
-            return
-        self.ids.append(token)
-        self.counts.append(1)
-        at = int(np.searchsorted(self._other, token))
-        if at < len(self._other) and self._other[at] == token:
-            self._other = np.delete(self._other, at)
+        place = self._place.setdefault(token, len(self._ids))
+        if place == len(self._ids):
+            self._ids.append(token)
+            self._counts.append(0)
+        self._counts[place] += 1
+        self.length += 1
 
-    def remove(self, token: int) -> None:
-        """Takes back the latest `add`, which was of `token`."""
+    def take_back(self, token: int) -> None:
+        """Undoes an `add` of `token`, the latest first."""
         place = self._place[token]
-        self.counts[place] -= 1
-        if self.counts[place]:
-            return
-        del self._place[token], self.ids[place], self.counts[place]  # its first place was the last one
-        at = int(np.searchsorted(self._prompt, token))
-        if at < len(self._prompt) and self._prompt[at] == token:
-            self._other = np.insert(self._other, int(np.searchsorted(self._other, token)), np.int32(token))
+        self._counts[place] -= 1
+        self.length -= 1
+        if self._counts[place] == 0 and place >= self._prompt_ids:  # it came last, so it is the last
+            del self._place[token], self._ids[place], self._counts[place]
 
-    def answer(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """(ids, counts) of the answer's distinct tokens."""
-        return np.array(self.ids, np.int32), np.array(self.counts, np.int32)
-
-    def prompt_only(self) -> NDArray[np.int32]:
-        """The prompt's distinct tokens that the answer lacks."""
-        return self._other
+    def snapshot(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Ids and counts: copies."""
+        return np.array(self._ids, np.int64), np.array(self._counts, np.int64)
 
 
-def adjust(logits: Floats, sampling: Sampling, seen: Seen, answer: Sequence[int]) -> None:
-    """Applies the list above to one row [V], in place; `answer` are the tokens of the answer so far, `seen` counts
-    them. Ids beyond the vocabulary are left out (a prompt cannot have any; a bias or a word might)."""
-    size = len(logits)
-    for token, bias in sampling.logit_bias:
-        if token < size:
-            logits[token] += np.float32(bias)
-    penalty = sampling.repetition_penalty
-    ids, counts = seen.answer() if penalty != 1 or sampling.frequency_penalty or sampling.presence_penalty else _NONE
-    if penalty != 1:
-        for which in (seen.prompt_only(), ids):
-            values = logits[which]
-            logits[which] = np.where(values > 0, values / np.float32(penalty), values * np.float32(penalty))
-    if sampling.frequency_penalty:
-        logits[ids] -= np.float32(sampling.frequency_penalty) * counts.astype(np.float32)
-    if sampling.presence_penalty:
-        logits[ids] -= np.float32(sampling.presence_penalty)
-    for token in barred_words(sampling.bad_words, answer):
-        if token < size:
-            logits[token] = -np.inf
+@dataclass(slots=True)
+class Penalized:
+    """One row's tokens: `ids` of prompt and answer, each once, and how often the answer holds each."""
+
+    ids: NDArray[np.int64]
+    counts: NDArray[np.int64]
 
 
-_NONE = (np.empty(0, np.int32), np.empty(0, np.int32))
+@dataclass(slots=True)
+class Bias:
+    """What is added to the logits of some tokens, each named once and within the vocabulary."""
+
+    ids: NDArray[np.int64]
+    addends: Floats
 
 
-def barred_words(words: Sequence[Sequence[int]], answer: Sequence[int]) -> list[int]:
-    """The ids that would complete one of `words` after `answer`."""
-    return [
-        word[-1]
-        for word in words
-        if len(word) == 1
-        or (len(word) - 1 <= len(answer) and list(answer[len(answer) - len(word) + 1 :]) == list(word[:-1]))
-    ]
+def penalizes(sampling: Sampling) -> bool:
+    """Whether any of the three penalties does anything."""
+    return bool(sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty)
+
+
+def penalize(values: Floats, rows: Sequence[int], samplings: Sequence[Sampling], seen: Sequence[Penalized]) -> None:
+    """Applies the penalties in place to `rows` of values [S, V]; samplings and seen are one for each of `rows`."""
+    sizes = [len(s.ids) for s in seen]
+
+    def spread(name: str) -> Floats:
+        return np.repeat(np.array([getattr(s, name) for s in samplings], np.float32), sizes)
+
+    at = (np.repeat(np.array(rows, np.int64), sizes), np.concatenate([s.ids for s in seen]))
+    counts = np.concatenate([s.counts for s in seen])
+    x = values[at]
+    repetition = spread("repetition_penalty")
+    with np.errstate(over="ignore"):
+        x = np.where(x > 0, x / repetition, x * repetition)
+    np.clip(x, -_LARGEST, _LARGEST, out=x)
+    x -= spread("frequency_penalty") * counts.astype(np.float32)
+    x -= spread("presence_penalty") * (counts > 0).astype(np.float32)
+    values[at] = x
+
+
+def add_bias(values: Floats, rows: Sequence[int], biases: Sequence[Bias]) -> None:
+    """Adds in place to `rows` of values [S, V]."""
+    at = (np.repeat(np.array(rows, np.int64), [len(b.ids) for b in biases]), np.concatenate([b.ids for b in biases]))
+    values[at] += np.concatenate([b.addends for b in biases])

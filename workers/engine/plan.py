@@ -14,7 +14,8 @@ class Chunk:
     table in cache group g: entry b holds the positions [b * block, (b + 1) * block), so that a row at position p
     is written to block `tables[g][p // block]`; it may be longer than needed. Entries that lie wholly behind a
     group's window may be -1: they are never read. `wanted` is how many of the last rows' logits are wanted: 0, 1 to
-    sample, k + 1 to check k drafts, up to all of them for logprobs of the prompt.
+    sample, k + 1 to check k drafts, up to all of them for logprobs of the prompt. The last `drafts` tokens are
+    guesses, not yet part of the sequence.
     """
 
     id: str
@@ -22,6 +23,7 @@ class Chunk:
     tokens: list[int]
     tables: tuple[array[int], ...]  # each array('i')
     wanted: int
+    drafts: int = 0
 
 
 @dataclass(slots=True)

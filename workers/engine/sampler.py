@@ -3,7 +3,10 @@
 What is drawn, exactly, for logits l of V tokens, temperature t, and a number u in [0, 1) keyed by (seed, sequence
 index, position in the answer), see `philox`:
 
-1. Tokens that `min_tokens` still forbids (EOS and stop ids) are left out.
+0. An id that an interjection forces is the token. Nothing else applies.
+1. Tokens that the format does not allow, that `min_tokens` still forbids (EOS and stop ids) or that would complete a
+   bad word are left out; l of the others is shaped by `penalties`. EOS ids are allowed wherever a format may end. Are
+   no tokens left, the answer ends where the format lets it, else it has failed.
 2. t = 0: the token with the largest l, the lowest id among equals. Nothing else applies.
 3. w_i = exp((l_i - max l) / t), in float64.
 4. min_p: tokens with w_i < min_p are left out (max w is 1).
@@ -13,28 +16,31 @@ index, position in the answer), see `philox`:
 7. The token is the first, in order of ids, at which the running sum of w over the tokens left exceeds u times their
    whole sum.
 
-Steps 3 to 6 are in the order in which vLLM applies them. Logprobs are of the raw logits: before 1.
+Steps 3 to 6 are in the order in which vLLM applies them. Logprobs are of the raw logits: before 1. A row that asks
+for nothing of 0 and 1 does not pay for them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from workers.engine.contract import Sampling, TokenLogprob
+from workers.engine.contract import Candidate, Sampling, TokenLogprob
+from workers.engine.formats import Bits
+from workers.engine.penalties import Bias, Penalized, add_bias, penalize
 from workers.engine.philox import uniforms
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Ids = NDArray[np.intp]
 
-SAMPLER_VERSION = 1  # of the definition above; with numpy's version, part of the numerics id: exp may differ in a bit
+SAMPLER_VERSION = 2  # of the definition above; with numpy's version, part of the numerics id: exp may differ in a bit
 _SUM_BLOCK = 1024  # partial sums of the inverse distribution function, in elements
 
 
@@ -47,6 +53,24 @@ class SamplingOps(Protocol):
 
 
 @dataclass(slots=True)
+class Extra:
+    """What a row asks for beyond its `Sampling`'s temperature and filters.
+
+    `forced`: the token, whatever the logits say. `mask`: bits of the ids that the format allows (None: all), and
+    `may_end` whether `ends` may follow too. `candidates`: how many to tell of; None for none.
+    """
+
+    forced: int | None = None
+    barred: Sequence[int] = ()
+    penalized: Penalized | None = None
+    bias: Bias | None = None
+    mask: Bits | None = None
+    may_end: bool = False
+    ends: Sequence[int] = ()
+    candidates: int | None = None
+
+
+@dataclass(slots=True)
 class Row:
     """How one row is sampled. `position` counts the tokens of the answer before this one; `barred` ids are not
     drawn; `logprobs` is None for none, else how many of the likeliest come along."""
@@ -56,15 +80,19 @@ class Row:
     position: int
     barred: Sequence[int] = ()
     logprobs: int | None = None
+    extra: Extra | None = None
 
 
 @dataclass(slots=True)
 class Choice:
-    """What a row became: a token, or `error` where its logits are not numbers."""
+    """What a row became: a token, or `error` where it has none; `over`: the format lets nothing follow, the answer
+    ends before it."""
 
     token: int
     logprob: TokenLogprob | None = None
     error: str = ""
+    over: bool = False
+    candidates: list[Candidate] = field(default_factory=list)
 
 
 class Sampler:
@@ -82,11 +110,19 @@ class Sampler:
             for token, value in self._likeliest(logits)
         ]
         plain = [i for i, choice in enumerate(choices) if not choice.error]
-        if drawn := [i for i in plain if rows[i].sampling.temperature > 0 or rows[i].barred]:
+        if shaped := [i for i in plain if rows[i].extra is not None or rows[i].barred]:
+            self._shape(logits, rows, shaped, choices)
+            plain = [i for i in plain if not (choices[i].error or choices[i].over)]
+        if drawn := [i for i in plain if rows[i].sampling.temperature > 0 and not _shaped(rows[i])]:
             self._draw(logits, rows, drawn, choices)
         if told := [i for i in plain if rows[i].logprobs is not None]:
             self._tell(logits, rows, told, choices)
         return choices
+
+    def prompt_logprobs(self, logits: Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
+        """What rows [R, V] said of the tokens [R] that follow them, with the `count` likeliest of each."""
+        values = self._ops.logprobs(logits).cpu().numpy()
+        return [token_logprob(value, token, count) for value, token in zip(values, tokens, strict=True)]
 
     def _likeliest(self, logits: Tensor) -> Iterable[tuple[int, float]]:
         """Id and logit of each row's likeliest token. A NaN is likeliest, so that it cannot hide."""
@@ -95,14 +131,77 @@ class Sampler:
 
     def _draw(self, logits: Tensor, rows: Sequence[Row], which: list[int], choices: list[Choice]) -> None:
         values = _numpy(logits, which)
-        numbers = uniforms([(rows[i].sampling.seed, rows[i].index, rows[i].position) for i in which])
-        for value, number, i in zip(values, numbers, which, strict=True):
-            choices[i].token = draw(value, rows[i].sampling, rows[i].barred, float(number))
+        for value, number, i in zip(values, _numbers(rows, which), which, strict=True):
+            choices[i].token = draw(value, rows[i].sampling, (), float(number))
+
+    def _shape(self, logits: Tensor, rows: Sequence[Row], which: list[int], choices: list[Choice]) -> None:
+        """Chooses for rows whose logits are not taken as they are."""
+        values: Floats = logits[which].float().cpu().numpy()  # indexing copies
+        shape(values, [rows[i] for i in which])
+        for value, number, i in zip(values, _numbers(rows, which), which, strict=True):
+            extra, choice = rows[i].extra, choices[i]
+            if extra is not None and extra.forced is not None:
+                choice.token = extra.forced
+            elif value.max() > -np.inf:
+                choice.token = draw(value, rows[i].sampling, (), float(number))
+            elif extra is not None and extra.may_end:
+                choice.over = True
+            else:
+                choice.error = "no token is left: format, bad words and min_tokens bar all; relax one of them"
+            if extra is not None and extra.candidates is not None and not (choice.error or choice.over):
+                logprobs = self._ops.logprobs(logits[i : i + 1]).cpu().numpy()[0]
+                choice.candidates = candidates(logprobs, value, rows[i], choice.token)
 
     def _tell(self, logits: Tensor, rows: Sequence[Row], which: list[int], choices: list[Choice]) -> None:
         values = self._ops.logprobs(logits if len(which) == len(rows) else logits[which]).cpu().numpy()
         for value, i in zip(values, which, strict=True):
             choices[i].logprob = token_logprob(value, choices[i].token, rows[i].logprobs or 0)
+
+
+def _shaped(row: Row) -> bool:
+    return row.extra is not None or len(row.barred) > 0
+
+
+def _numbers(rows: Sequence[Row], which: list[int]) -> Doubles:
+    return uniforms([(rows[i].sampling.seed, rows[i].index, rows[i].position) for i in which])
+
+
+def shape(values: Floats, rows: Sequence[Row]) -> None:
+    """Step 1 of the definition, in place: values [S, V], what is left out becomes -inf."""
+    extras = [(i, row.sampling, row.extra) for i, row in enumerate(rows) if row.extra is not None]
+    if biased := [(i, e.bias) for i, _, e in extras if e.bias is not None]:
+        add_bias(values, *map(list, zip(*biased, strict=True)))
+    if penalized := [(i, s, e.penalized) for i, s, e in extras if e.penalized is not None]:
+        penalize(values, *map(list, zip(*penalized, strict=True)))
+    vocab = values.shape[1]
+    for i, _, extra in extras:
+        if extra.mask is not None:
+            allowed = np.unpackbits(extra.mask.view(np.uint8), bitorder="little")[:vocab].view(np.bool_)
+            if extra.may_end:
+                allowed[[id for id in extra.ends if id < vocab]] = True
+            values[i][~allowed] = -np.inf
+    for value, row in zip(values, rows, strict=True):
+        barred = row.barred if row.extra is None else (*row.barred, *row.extra.barred)
+        value[[id for id in barred if id < vocab]] = -np.inf  # a checkpoint may name an EOS beyond its vocabulary
+
+
+def candidates(logprobs: Floats, shaped: Floats, row: Row, token: int) -> list[Candidate]:
+    """The likeliest tokens of a row by its raw logits, the chosen one among them, before and after all rules.
+
+    logprobs: [V], raw; shaped: [V], after step 1.
+    """
+    extra, vocab = row.extra, len(logprobs)
+    after = np.zeros(vocab)
+    if row.sampling.temperature == 0 or (extra is not None and extra.forced is not None):
+        after[token] = 1.0
+    else:
+        ids, weights = weigh(shaped, row.sampling)
+        after[slice(None) if ids is None else ids] = weights / weights.sum()
+    count = (extra.candidates or 0) if extra is not None else 0
+    told = largest(logprobs, min(count, vocab)).tolist() if count else []
+    if count and token not in told:
+        told.append(token)
+    return [Candidate(id, math.exp(float(logprobs[id])), float(after[id])) for id in told]
 
 
 def _numpy(logits: Tensor, which: list[int]) -> Floats:

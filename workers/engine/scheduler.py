@@ -8,6 +8,7 @@ The rules, in order:
    goes to prompts under way, by rank (larger priority, then first come).
 3. What is left then admits waiting sequences, by rank, while `max_running` and the blocks allow. The first that does
    not fit stops admission, so that a large one is not overtaken for ever by small ones.
+   Members of a family (`workers.engine.family`) whose prompt is being computed are passed over until it is.
 4. When blocks run out, the running sequence of the worst rank gives all of its blocks back and waits; it is computed
    again later, prompt and answer so far, as a prompt (and finds those of its blocks that were not needed meanwhile in
    the prefix tree). The best rank is never preempted, so some sequence always advances.
@@ -20,8 +21,14 @@ from operator import attrgetter
 
 from workers.cache.manager import CacheManager
 from workers.engine.contract import EngineStats
+from workers.engine.family import Families
 from workers.engine.plan import Chunk, StepPlan
 from workers.engine.sequence import Sequence
+
+PROMPT_LOGIT_ROWS = 64  # rows per step of a prompt whose logprobs are wanted: they need a row of logits each
+DRAFTED_ROWS = (
+    32  # rows of decoding and drafts, above which a step of drafts is no longer nearly as short as one without
+)
 
 _rank = attrgetter("rank")
 
@@ -44,6 +51,7 @@ class Scheduler:
         self.chunk_tokens = chunk_tokens
         self.waiting: list[Sequence] = []  # by rank
         self.running: list[Sequence] = []  # by rank
+        self.families = Families(cache)
         self.counts = EngineStats()  # those that run since the start
         self._waiting_tokens = 0
         self._windowed = any(window is not None for window in cache.windows)
@@ -62,6 +70,8 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. It must be able to run: ask `refusal`."""
+        if sequence.request.family:
+            self.families.join(sequence)
         self._wait(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -72,6 +82,8 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
             self._waiting_tokens -= len(sequence.tokens)
+        if sequence.family is not None:
+            self.families.leave(sequence, sequence.family)
         self.cache.close(sequence.table)
 
     def schedule(self) -> StepPlan:
@@ -96,13 +108,48 @@ class Scheduler:
             budget -= self._give(plan, admitted, min(admitted.left, budget))
         return plan
 
+    def room_for_drafts(self, plan: StepPlan, most: int) -> list[tuple[Chunk, Sequence, int]]:
+        """Chunks of decoding sequences that may be followed by drafts, and by how many: at most `most`, while rows are
+        left in the step and it stays small, and no further than the answer may go."""
+        each = min(most, DRAFTED_ROWS // max(1, len(plan.chunks)) - 1)
+        room = min(self.chunk_tokens, DRAFTED_ROWS) - plan.rows
+        result = []
+        for chunk, sequence in zip(plan.chunks, self.planned, strict=True):
+            if len(chunk.tokens) == 1 and chunk.wanted and sequence.made:
+                count = min(each, room, sequence.request.max_tokens - sequence.made - 1)
+                if count > 0:
+                    result.append((chunk, sequence, count))
+                    room -= count
+        return result
+
+    def add_drafts(self, chunk: Chunk, sequence: Sequence, drafts: list[int]) -> None:
+        """Appends guesses to a chunk of this step, unless it would take a block from somebody."""
+        end = chunk.start + len(chunk.tokens) + len(drafts)
+        if drafts and self.cache.can_allocate(sequence.table, end):
+            self.cache.allocate(sequence.table, end)
+            chunk.tokens += drafts
+            chunk.wanted += len(drafts)
+            chunk.drafts = len(drafts)
+            self.counts.drafted_tokens += len(drafts)
+
+    def accept_drafts(self, chunk: Chunk, count: int) -> None:
+        """The first `count` drafts were right. The others leave the plan; what was written of them is written over."""
+        wrong = chunk.drafts - count
+        if wrong:
+            del chunk.tokens[-wrong:]
+        chunk.drafts = 0
+        self.counts.accepted_tokens += count
+
     def advance(self, plan: StepPlan) -> None:
-        """The plan's rows are computed: publishes the blocks that became full, gives back those behind a window."""
+        """The plan's rows are computed, and its drafts are accepted or gone: publishes the blocks that became full,
+        gives back those behind a window."""
         self.counts.steps += 1
         for chunk, sequence in zip(plan.chunks, self.planned, strict=True):
             sequence.computed += len(chunk.tokens)
             if not sequence.request.bypass_prefix_cache:
                 self.cache.register(sequence.table, sequence.root, sequence.tokens, sequence.computed)
+            if sequence.family is not None:
+                self.families.computed(sequence, sequence.family)
             if self._windowed:
                 self.cache.trim(sequence.table, sequence.computed)
 
@@ -121,14 +168,18 @@ class Scheduler:
 
         Returns the rows planned: 0 when the sequence is, or becomes, preempted.
         """
+        asked = sequence.told is not None and sequence.asks_prompt
+        if asked:
+            rows = min(rows, PROMPT_LOGIT_ROWS)
         end = sequence.computed + rows
         while sequence.running and not self.cache.can_allocate(sequence.table, end):
-            self._preempt(plan, self.running[-1])
+            if not self.families.let_go():
+                self._preempt(plan, self.running[-1])
         if not sequence.running:
             return 0
         self.cache.allocate(sequence.table, end)
         tokens = sequence.tokens[sequence.computed : end]
-        wanted = int(end == len(sequence.tokens))
+        wanted = rows if asked else int(end == len(sequence.tokens))
         plan.chunks.append(Chunk(sequence.id, sequence.computed, tokens, sequence.table.groups, wanted))
         self.planned.append(sequence)
         if rows > 1 or end <= sequence.prompt_tokens:
@@ -142,6 +193,8 @@ class Scheduler:
             del self.planned[at], plan.chunks[at]
         self.running.remove(victim)
         self.cache.free(victim.table)
+        if victim.family is not None:
+            self.families.interrupted(victim, victim.family)
         victim.running, victim.computed = False, 0
         self._wait(victim)
         self.counts.preemptions += 1
@@ -155,22 +208,43 @@ class Scheduler:
         """Lets the first waiting sequence run if there is room; not in a step that had to preempt."""
         if not self.waiting or self._preempted or len(self.running) >= self.max_running:
             return None
-        sequence = self.waiting[0]
-        hit = 0
-        if not sequence.request.bypass_prefix_cache:
+        place = next((i for i, s in enumerate(self.waiting) if not self._passed_over(s)), None)
+        if place is None:
+            return None
+        sequence = self.waiting[place]
+        family, hit = sequence.family, 0
+        if not sequence.request.bypass_prefix_cache and not sequence.asks_prompt:
             hit = self.cache.match(sequence.table, sequence.root, sequence.tokens)
+        if family is not None:
+            hit = self.families.share(sequence, family, hit)
         if self.running and not self._room_for(sequence):
             self.cache.free(sequence.table)
             return None
-        del self.waiting[0]
+        del self.waiting[place]
         self._waiting_tokens -= len(sequence.tokens)
         insort(self.running, sequence, key=_rank)
         sequence.running, sequence.computed = True, hit
         if sequence.cached is None:
+            self._introduce(sequence, hit)
+        if family is not None:
+            self.families.admitted(sequence, family)
+        return sequence
+
+    def _introduce(self, sequence: Sequence, hit: int) -> None:
+        """First admission: how much of the prompt was cached. Members of a family say what the first of them did:
+        what they share was computed for them."""
+        family = sequence.family
+        if family is not None and family.known and not sequence.asks_prompt:
+            sequence.cached = family.cached
+        else:
             sequence.cached = min(hit, sequence.prompt_tokens)
             self.counts.queried_tokens += sequence.prompt_tokens
             self.counts.hit_tokens += sequence.cached
-        return sequence
+        if family is not None:
+            self.families.introduced(sequence, family)
+
+    def _passed_over(self, sequence: Sequence) -> bool:
+        return sequence.family is not None and self.families.waits(sequence, sequence.family)
 
     def _room_for(self, newcomer: Sequence) -> bool:
         """Whether the newcomer's whole prompt fits beside what running sequences still need for theirs and one more

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Tokens
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from workers.cache.manager import BlockTable
-from workers.engine.contract import FinishReason, Request
+from workers.engine.contract import FinishReason, Request, TokenLogprob
+
+if TYPE_CHECKING:
+    from workers.engine.family import Family
+    from workers.engine.formats import Matcher
+    from workers.engine.ways import Ways
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +38,11 @@ class Sequence:
     cached: int | None = None  # prompt tokens that the prefix tree spared; None until first admitted
     running: bool = False  # admitted and not preempted
     reported: bool = False  # an output of this sequence has been given
+    told: list[TokenLogprob] | None = None  # of the prompt's tokens from the second on, as far as known; None: unasked
+    family: Family | None = None
+    ways: Ways | None = None  # None: nothing is asked beyond temperature and filters
+    opening: Future[Matcher] | None = None  # its format is being opened: the scheduler does not know it yet
+    matcher: Matcher | None = None
 
     @property
     def id(self) -> str:
@@ -44,6 +56,11 @@ class Sequence:
     def made(self) -> int:
         """Tokens of the answer, those that the caller already had among them."""
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def asks_prompt(self) -> bool:
+        """Whether rows of the prompt are still wanted for their logprobs."""
+        return self.told is not None and len(self.told) < self.prompt_tokens - 1 > self.computed
 
     @property
     def left(self) -> int:
