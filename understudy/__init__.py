@@ -11,33 +11,42 @@ from understudy import errors
 from understudy.errors import UnderstudyError
 
 if TYPE_CHECKING:
-    from understudy.aio import AsyncClient, AsyncStream
-    from understudy.client import Client, Stream
-    from understudy.types import Completion, Finish, FinishReason, Piece, PromptInfo, Retry, Tls
+    from understudy.aio import AsyncChatStream, AsyncClient, AsyncStream
+    from understudy.client import ChatStream, Client, Stream
+    from understudy.types import Completion, Finish, FinishReason, Message, Piece, PromptInfo, Retry, Tls, ToolCall
 
 __version__ = "0.1.0"
 __all__ = [
+    "AsyncChatStream",
     "AsyncClient",
     "AsyncStream",
+    "ChatStream",
     "Client",
     "Completion",
     "Finish",
     "FinishReason",
+    "Message",
     "Piece",
     "PromptInfo",
     "Retry",
     "Stream",
     "Tls",
+    "ToolCall",
     "UnderstudyError",
     "errors",
 ]
 
 _LAZY = {
+    "AsyncChatStream": "understudy.aio",
     "AsyncClient": "understudy.aio",
+    "ChatStream": "understudy.client",
     "AsyncStream": "understudy.aio",
     "Client": "understudy.client",
     "Stream": "understudy.client",
-} | dict.fromkeys(("Completion", "Finish", "FinishReason", "Piece", "PromptInfo", "Retry", "Tls"), "understudy.types")
+} | dict.fromkeys(
+    ("Completion", "Finish", "FinishReason", "Message", "Piece", "PromptInfo", "Retry", "Tls", "ToolCall"),
+    "understudy.types",
+)
 
 
 def __getattr__(name: str) -> Any:

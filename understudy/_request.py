@@ -250,7 +250,7 @@ def finish(m: pb.Finish) -> types.Finish:
         index=m.index,
         reason=_reason(m.reason),
         matched=getattr(m, which) if which else None,
-        usage=types.Usage(m.usage.prompt_tokens, m.usage.completion_tokens),
+        usage=types.Usage(m.usage.prompt_tokens, m.usage.completion_tokens, m.usage.reasoning_tokens),
     )
 
 

@@ -11,7 +11,7 @@ import grpc
 
 from understudy import errors
 from understudy._attempts import Again
-from understudy._channel import GENERATE, Endpoint
+from understudy._channel import GENERATE, Endpoint, Method
 from understudy._request import Metadata
 from understudy._status import from_rpc
 from understudy._stream import StreamState
@@ -29,6 +29,7 @@ class StreamShell(Generic[Wake]):
     """
 
     _over = True
+    _method: Method[Any, Any] = GENERATE
 
     def __init__(self, client: Endpoint[Any], state: StreamState, metadata: Metadata, wake: Wake) -> None:
         self._client = client
@@ -81,13 +82,13 @@ class StreamShell(Generic[Wake]):
         attempts = self._state.attempts
         self._address = attempts.address
         channel = self._client._channel_to(self._address)
-        call = channel.unary_stream(GENERATE.path, GENERATE.serialize, GENERATE.parse)
+        call = channel.unary_stream(self._method.path, self._method.serialize, self._method.parse)
         timeout = attempts.remaining(time.monotonic())
         self._call: Any = call(self._state.request(), timeout=timeout, metadata=self._metadata)
         if self._state.cancelled:  # while it was opened
             self._call.cancel()
 
-    def _receive(self, response: pb.GenerateResponse) -> Piece | None:
+    def _receive(self, response: pb.GenerateResponse | pb.ChatResponse) -> Piece | None:
         try:
             return self._state.receive(response)
         except errors.UnderstudyError:

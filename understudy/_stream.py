@@ -6,7 +6,9 @@ resumed request says he has seen are the same; nothing is buffered, undone or se
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 from understudy import _request, errors
 from understudy._attempts import Again, Attempts
@@ -30,7 +32,7 @@ class StreamState:
     """Drive it so: send `request()`, give every response to `receive`, and the end of the call to `ended`; when
     that says Again, wait and start over. `attempts` says where and until when."""
 
-    def __init__(self, request: pb.GenerateRequest, attempts: Attempts) -> None:
+    def __init__(self, request: pb.GenerateRequest | pb.ChatRequest, attempts: Attempts) -> None:
         self.attempts = attempts
         self.prompt: PromptInfo | None = None
         self.cancelled = False
@@ -44,13 +46,12 @@ class StreamState:
         """Every sequence has its Finish."""
         return len(self._sequences) == self._n and all(s.finish for s in self._sequences.values())
 
-    def request(self) -> pb.GenerateRequest:
+    def request(self) -> pb.GenerateRequest | pb.ChatRequest:
         """What the next attempt sends: the caller's request, and what was received once there is anything."""
         self._told = False
         if self.prompt is None:
             return self._request
-        resumed = pb.GenerateRequest()
-        resumed.CopyFrom(self._request)
+        resumed = copy.deepcopy(self._request)
         resumed.resume.model_fingerprint = self.prompt.model_fingerprint
         resumed.resume.numerics_id = self.prompt.numerics_id
         resumed.resume.prompt_token_ids.extend(self.prompt.prompt_token_ids)
@@ -59,7 +60,7 @@ class StreamState:
             resumed.resume.sequences.add(index=index, token_ids=sequence.token_ids)
         return resumed
 
-    def receive(self, response: pb.GenerateResponse) -> Piece | None:
+    def receive(self, response: pb.GenerateResponse | pb.ChatResponse) -> Piece | None:
         """What the caller gets of a response, if anything. InternalError where the service breaks its protocol."""
         which = response.WhichOneof("event")
         if which == "prompt_info":
@@ -129,11 +130,14 @@ class StreamState:
             if had != has:
                 raise errors.CannotResume(f"the stream began with {name} {had!r} and would go on with {has!r}")
 
-    def _on_delta(self, message: pb.Delta) -> Piece | None:
+    def _piece(self, message: Any) -> Piece:
+        return _request.piece(message)
+
+    def _on_delta(self, message: Any) -> Piece | None:
         sequence = self._sequence(message.index)
         if sequence.finish is not None:
             return None  # the service makes the end of a finished sequence again after a resume
-        piece = _request.piece(message)
+        piece = self._piece(message)
         if piece.echo:
             if sequence.echoed:
                 return None
@@ -144,7 +148,7 @@ class StreamState:
             sequence.traces += piece.trace.tokens if piece.trace is not None else ()
         sequence.texts.append(piece.text)
         self.attempts.progress()
-        return piece if piece.text or piece.token_ids else None
+        return piece if piece.text or piece.token_ids or getattr(piece, "tool_calls", ()) else None
 
     def _on_finish(self, message: pb.Finish) -> None:
         sequence = self._sequence(message.index)

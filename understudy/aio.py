@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 import grpc
 import grpc.aio
@@ -17,6 +17,7 @@ from google.protobuf.wrappers_pb2 import StringValue
 from understudy import _channel, _request, errors, types
 from understudy._attempts import Attempts
 from understudy._channel import Endpoint, Method, Req, Res
+from understudy._chat import CHAT, ChatOptions, ChatPiece, ChatState, Messages, chat_request
 from understudy._request import GenerateOptions, Metadata, Prompt
 from understudy._shell import StreamShell
 from understudy._status import from_rpc
@@ -31,6 +32,12 @@ class AsyncClient(Endpoint[grpc.aio.Channel]):
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncStream:
         """As `Client.generate`: not awaited, but iterated over with `async for`. Needs a running event loop."""
         return AsyncStream(self, *self._start(prompt, options))
+
+    def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> AsyncChatStream:
+        """As `Client.chat`."""
+        request = chat_request(messages, options)
+        metadata = _request.call_metadata(self._token, request.request_id, options.get("traceparent"))
+        return AsyncChatStream(self, ChatState(request, self._attempts(options.get("timeout"))), metadata)
 
     async def complete(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> types.Completion:
         """As `Client.complete`."""
@@ -127,7 +134,7 @@ class AsyncStream(StreamShell[asyncio.Event]):
         if not self._over and not self._loop.is_closed():
             self._call.cancel()
 
-    def __aiter__(self) -> AsyncStream:
+    def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> types.Piece:
@@ -150,7 +157,7 @@ class AsyncStream(StreamShell[asyncio.Event]):
                     return piece
         raise StopAsyncIteration
 
-    async def __aenter__(self) -> AsyncStream:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
@@ -164,6 +171,27 @@ class AsyncStream(StreamShell[asyncio.Event]):
             with contextlib.suppress(TimeoutError):  # nobody cancelled meanwhile
                 await asyncio.wait_for(self._wake.wait(), again.delay_s)
             self._open()
+
+
+class AsyncChatStream(AsyncStream):
+    """As `AsyncStream`, of an answer in a conversation: its pieces are `ChatPiece`s."""
+
+    _method = CHAT
+    _state: ChatState
+
+    async def __anext__(self) -> ChatPiece:
+        piece = await super().__anext__()
+        assert isinstance(piece, ChatPiece)
+        return piece
+
+    @property
+    def message(self) -> types.Message:
+        """What the first sequence has said so far: the conversation's next message."""
+        return self._state.message(0)
+
+    def messages(self) -> tuple[types.Message, ...]:
+        """What each sequence has said, once the stream was read to its end; RuntimeError before."""
+        return tuple(self._state.message(choice.index) for choice in self._state.completion().choices)
 
 
 def _task_is_cancelled() -> bool:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 import grpc
 from google.protobuf.wrappers_pb2 import StringValue
@@ -14,6 +14,7 @@ from google.protobuf.wrappers_pb2 import StringValue
 from understudy import _channel, _request, errors, types
 from understudy._attempts import Attempts
 from understudy._channel import Endpoint, Method, Req, Res
+from understudy._chat import CHAT, ChatOptions, ChatPiece, ChatState, Messages, chat_request
 from understudy._request import GenerateOptions, Metadata, Prompt
 from understudy._shell import StreamShell
 from understudy._status import from_rpc
@@ -32,6 +33,12 @@ class Client(Endpoint[grpc.Channel]):
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Stream:
         """Sends the request at once and gives its answer piece by piece. See `GenerateOptions` for the options."""
         return Stream(self, *self._start(prompt, options))
+
+    def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> ChatStream:
+        """Answers a conversation piece by piece; a text alone is a message of the user's. See `ChatOptions`."""
+        request = chat_request(messages, options)
+        metadata = _request.call_metadata(self._token, request.request_id, options.get("traceparent"))
+        return ChatStream(self, ChatState(request, self._attempts(options.get("timeout"))), metadata)
 
     def complete(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> types.Completion:
         """The whole answer at once."""
@@ -121,7 +128,7 @@ class Stream(StreamShell[threading.Event]):
     def __init__(self, client: Client, state: StreamState, metadata: Metadata) -> None:
         super().__init__(client, state, metadata, wake=threading.Event())
 
-    def __iter__(self) -> Stream:
+    def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> types.Piece:
@@ -141,7 +148,7 @@ class Stream(StreamShell[threading.Event]):
                     return piece
         raise StopIteration
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -154,3 +161,24 @@ class Stream(StreamShell[threading.Event]):
         if again is not None:
             self._wake.wait(again.delay_s)
             self._open()
+
+
+class ChatStream(Stream):
+    """As `Stream`, of an answer in a conversation: its pieces are `ChatPiece`s."""
+
+    _method = CHAT
+    _state: ChatState
+
+    def __next__(self) -> ChatPiece:
+        piece = super().__next__()
+        assert isinstance(piece, ChatPiece)
+        return piece
+
+    @property
+    def message(self) -> types.Message:
+        """What the first sequence has said so far: the conversation's next message."""
+        return self._state.message(0)
+
+    def messages(self) -> tuple[types.Message, ...]:
+        """What each sequence has said, once the stream was read to its end; RuntimeError before."""
+        return tuple(self._state.message(choice.index) for choice in self._state.completion().choices)

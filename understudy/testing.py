@@ -8,6 +8,7 @@
 
 Its tokens are Unicode code points. It honours `max_tokens`, `stop`, `n`, `logprobs`, `prompt_logprobs`, `echo`, `trace`
 and `resume`, and no other option.
+A chat's answer is text alone; its prompt has a line per message, such as `user: Hi`.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.wrappers_pb2 import Int64Value, StringValue
 
 from understudy import errors
 from understudy._channel import DETOKENIZE, GENERATE, GET_STATUS, HEALTH, LIST_MODELS, TOKENIZE, Method, Req, Res
+from understudy._chat import CHAT
 from understudy._status import to_status
 from understudy.v1 import admin_pb2
 from understudy.v1 import inference_pb2 as pb
 
+T = TypeVar("T")
 Answer = str | Callable[[pb.GenerateRequest, int], str]
 
 
@@ -35,7 +39,7 @@ Answer = str | Callable[[pb.GenerateRequest, int], str]
 class Call:
     """A call that the server took: its message, and its metadata without gRPC's own."""
 
-    message: pb.GenerateRequest
+    message: Any
     metadata: dict[str, str | bytes]
 
 
@@ -121,10 +125,14 @@ class FakeServer:
         generate = grpc.unary_stream_rpc_method_handler(
             self._generate, request_deserializer=GENERATE.parse_request, response_serializer=GENERATE.serialize_response
         )
+        chat = grpc.unary_stream_rpc_method_handler(
+            self._chat, request_deserializer=CHAT.parse_request, response_serializer=CHAT.serialize_response
+        )
         return grpc.method_handlers_generic_handler(
             GENERATE.service,
             {
                 "Generate": generate,
+                "Chat": chat,
                 "Tokenize": _unary(TOKENIZE, self._tokenize),
                 "Detokenize": _unary(DETOKENIZE, self._detokenize),
                 "ListModels": _unary(LIST_MODELS, lambda _: pb.ListModelsResponse(models=[self.model])),
@@ -151,12 +159,20 @@ class FakeServer:
         return pb.DetokenizeResponse(text="".join(map(chr, request.token_ids)))
 
     def _generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[pb.GenerateResponse]:
+        yield from self._take(request, self._responses(request), context)
+
+    def _chat(self, request: pb.ChatRequest, context: grpc.ServicerContext) -> Iterator[pb.ChatResponse]:
+        yield from self._take(request, map(_chat_response, self._responses(_as_generate(request))), context)
+
+    def _take(
+        self, request: pb.GenerateRequest | pb.ChatRequest, responses: Iterator[T], context: grpc.ServicerContext
+    ) -> Iterator[T]:
         metadata = {key: value for key, value in context.invocation_metadata() if key != "user-agent"}
         self.calls.append(Call(request, metadata))
         limit, error = self._breaks.popleft() if self._breaks else (None, None)
         sent = 0
         try:
-            for response in self._responses(request):
+            for response in responses:
                 if sent == limit:
                     break
                 yield response
@@ -245,6 +261,28 @@ class FakeServer:
         prompt_tokens = len(request.token_ids.ids) or len(request.text)
         finish.usage.CopyFrom(pb.Usage(prompt_tokens=prompt_tokens, completion_tokens=len(text)))
         yield pb.GenerateResponse(finish=finish)
+
+
+def _as_generate(request: pb.ChatRequest) -> pb.GenerateRequest:
+    """The prompt of a chat: a line per message, with its role."""
+    lines = [f"{pb.Role.Name(m.role)[5:].lower()}: {''.join(p.text for p in m.content)}" for m in request.messages]
+    out = pb.GenerateRequest(
+        request_id=request.request_id, model=request.model, text="\n".join(lines), sampling=request.sampling,
+        stopping=request.stopping, response=request.response,
+    )  # fmt: skip
+    if request.HasField("resume"):
+        out.resume.CopyFrom(request.resume)
+    return out
+
+
+def _chat_response(response: pb.GenerateResponse) -> pb.ChatResponse:
+    if response.HasField("prompt_info"):
+        return pb.ChatResponse(prompt_info=response.prompt_info)
+    if response.HasField("finish"):
+        return pb.ChatResponse(finish=response.finish)
+    delta = response.delta
+    out = pb.ChatDelta(index=delta.index, text=delta.text, token_ids=delta.token_ids, logprobs=delta.logprobs)
+    return pb.ChatResponse(delta=out)
 
 
 def _delta(request: pb.GenerateRequest, index: int, text: str, at: int) -> pb.Delta:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 class FinishReason(enum.StrEnum):
@@ -98,6 +100,28 @@ class Trace:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A tool, called by the model; `arguments` are of JSON's types."""
+
+    id: str
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation. `role` is system, user, assistant or tool; `reasoning` and `tool_calls` are the
+    assistant's, `tool_call_id` and `name` a tool's."""
+
+    role: str
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A part of an answer, never cumulative. `token_ids` are exactly those whose text this completes.
 
@@ -142,10 +166,12 @@ class PromptInfo:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens counted; `completion_tokens` up to and with the token that ended the answer."""
+    """Tokens counted; `completion_tokens` up to and with the token that ended the answer, `reasoning_tokens` those of
+    them that a chat's answer thought."""
 
     prompt_tokens: int
     completion_tokens: int
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

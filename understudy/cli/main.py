@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from understudy import __version__
-from understudy.cli import bench, complete, inspect
+from understudy.cli import bench, chat, complete, inspect
 from understudy.cli.common import errors_as_one_line, fail
 
 GROUP = "understudy.commands"
@@ -99,6 +99,7 @@ def _root(
 
 
 app.command("complete")(complete.complete)
+app.command("chat")(chat.chat)
 app.command("models")(inspect.models)
 app.command("status")(inspect.status)
 app.command("bench")(bench.bench)

@@ -175,7 +175,7 @@ def test_complete_json_prints_one_object_per_message(server: FakeServer) -> None
         "index": 0,
         "reason": "FINISH_REASON_STOP_SEQUENCE",
         "matched": "lo",
-        "usage": {"prompt_tokens": 2, "completion_tokens": 3},
+        "usage": {"prompt_tokens": 2, "completion_tokens": 3, "reasoning_tokens": 0},
     }
 
 
