@@ -24,10 +24,12 @@ async def test_the_bundled_model_talks_and_thinks(stage: Stage, demo_model: Path
     formats = model.chat_formats
     assert (formats.tools, formats.reasoning, formats.switch) == ("hermes", "think", True)
 
-    async def said(effort: int) -> tuple[str, str, pb.Finish]:
+    async def said(effort: int, budget: int | None = None) -> tuple[str, str, pb.Finish]:
         message = pb.ChatMessage(role=pb.ROLE_USER, content=[pb.ContentPart(text="Who are you?")])
         request = pb.ChatRequest(messages=[message], sampling=pb.Sampling(temperature=0), reasoning={"effort": effort})
         request.stopping.max_tokens = 60
+        if budget is not None:
+            request.reasoning.budget_tokens = budget
         messages = [m async for m in stage.stub.Chat(request)]
         deltas = [m.delta for m in messages if m.HasField("delta")]
         return "".join(d.text for d in deltas), "".join(d.reasoning for d in deltas), messages[-1].finish
@@ -40,5 +42,9 @@ async def test_the_bundled_model_talks_and_thinks(stage: Stage, demo_model: Path
     assert thought
     assert "<think>" not in text + thought
     assert 0 < finish.usage.reasoning_tokens < finish.usage.completion_tokens
+    cut, short, finish = await said(pb.REASONING_EFFORT_HIGH, budget=3)
+    assert cut
+    assert 0 < len(short) < len(thought)
+    assert finish.usage.reasoning_tokens == 4  # three, and the marker that was forced
     replica.stop()
     engine.check_idle()
