@@ -14,7 +14,7 @@ from service_process import TOKEN, UNDERSTUDY, Service, idle, until
 
 from understudy import errors
 from understudy.client import Client
-from understudy.types import FinishReason, Health
+from understudy.types import FinishReason, Health, Usage
 from understudy.v1 import inference_pb2 as pb
 
 GENERATE = "/understudy.v1.Inference/Generate"
@@ -70,6 +70,40 @@ def test_the_bundled_model_answers_too(service: Service) -> None:
             pytest.skip("models/demo has no weights here")
         text = client.complete("The cat sat on the", model="demo", max_tokens=8, temperature=0.0, timeout=60)
     assert text.choices[0].text
+
+
+def test_four_answers_to_one_prompt_with_all_that_can_be_told(service: Service) -> None:
+    """Chosen with penalties, without a word that would come first, and the same again."""
+    prompt, options = "I eat an apple and a", {
+        "model": "demo", "temperature": 0.8, "top_p": 1.0, "seed": 5, "max_tokens": 10, "ignore_eos": True,
+        "repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2, "logit_bias": {34: -2.0},
+        "bad_words": ["banana"], "prompt_logprobs": 2, "logprobs": 1, "echo": True, "trace": True,
+        "trace_candidates": 3, "timeout": 60,
+    }  # fmt: skip
+    with service.client() as client:
+        if "demo" not in {m.name for m in client.models()}:
+            pytest.skip("models/demo has no weights here")
+        done = client.complete(prompt, n=4, **options)
+        again = client.complete(prompt, n=4, **options)
+        alone = client.complete(prompt, **options)
+        free = client.complete(prompt, model="demo", temperature=0.0, max_tokens=1, timeout=60)
+    assert free.text == " banana"
+    assert len(done.choices) == 4
+    assert len({c.token_ids for c in done.choices}) > 1
+    for choice in done.choices:
+        assert choice.text.startswith(prompt)
+        assert "banana" not in choice.text
+        assert len(choice.token_ids) == len(choice.logprobs) == len(choice.traces) == 10
+        assert choice.finish.usage == Usage(6, 10)
+        for id, trace in zip(choice.token_ids, choice.traces, strict=True):
+            assert trace.token_id == id
+            assert next(c for c in trace.candidates if c.token_id == id).after > 0
+    assert again.choices == done.choices
+    assert alone.choices == done.choices[:1]
+    told = done.prompt.prompt_logprobs
+    assert [p.token_id for p in told] == list(done.prompt.prompt_token_ids[1:])
+    assert all(p.logprob < 0 and len(p.top) == 2 for p in told)
+    assert again.prompt.prompt_logprobs == alone.prompt.prompt_logprobs == told
 
 
 def test_both_gateways_carry_calls(service: Service) -> None:
