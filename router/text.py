@@ -14,16 +14,14 @@ from __future__ import annotations
 import codecs
 import copy
 import json
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, processors
 
 from router.detokenizer import ByteDecoder, Decoder, WindowDecoder
 from understudy.errors import CheckpointError
-
-_PER_BYTE = "understudy.replace_per_byte"
+from workers.grammar.vocabulary import REPLACE_PER_BYTE, bytes_of
 
 
 def _replace_per_byte(error: UnicodeError) -> tuple[str, int]:
@@ -32,82 +30,7 @@ def _replace_per_byte(error: UnicodeError) -> tuple[str, int]:
     return "\ufffd" * (error.end - error.start), error.end
 
 
-codecs.register_error(_PER_BYTE, _replace_per_byte)
-
-
-@lru_cache(maxsize=1)
-def byte_of_char() -> dict[str, int]:
-    """GPT-2's map of printable characters to the bytes they stand for."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in set(plain)]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-class _Bytes(NamedTuple):
-    """Each id's bytes, how invalid ones are shown, and how many leading spaces the whole text loses."""
-
-    table: list[bytes]
-    errors: str
-    strip: int
-
-
-def _byte_level(token: str) -> bytes:
-    mapping = byte_of_char()
-    try:
-        return bytes([mapping[c] for c in token])
-    except KeyError:
-        return token.encode()
-
-
-def _fallback_byte(token: str) -> bytes | None:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        try:
-            return bytes([int(token[3:5], 16)])
-        except ValueError:
-            return None
-    return None
-
-
-def _sequence_rules(decoder: Mapping[str, Any]) -> tuple[list[tuple[str, str]], int] | None:
-    """Replacements and leading spaces to strip of a Replace*, ByteFallback, Fuse, Strip? sequence; else None."""
-    rules, strip = [], 0
-    order = ["Replace", "ByteFallback", "Fuse", "Strip"]
-    stage, kinds = 0, set()
-    for step in decoder.get("decoders", []):
-        kind = step["type"]
-        if kind not in order or order.index(kind) < stage:
-            return None
-        stage = order.index(kind)
-        kinds.add(kind)
-        if kind == "Replace":
-            if "String" not in step["pattern"]:
-                return None
-            rules.append((step["pattern"]["String"], step["content"]))
-        elif kind == "Strip":
-            if step["content"] != " " or step["stop"] != 0:
-                return None
-            strip = int(step["start"])
-    return (rules, strip) if {"ByteFallback", "Fuse"} <= kinds else None
-
-
-def _bytes_of(tokens: list[str | None], decoder: Mapping[str, Any] | None) -> _Bytes | None:
-    """The byte table of a tokenizer, or None where its decoder does not simply join bytes."""
-    if decoder is None:
-        return None
-    if decoder["type"] == "Sequence" and [d["type"] for d in decoder["decoders"]] == ["ByteLevel"]:
-        decoder = decoder["decoders"][0]
-    if decoder["type"] == "ByteLevel":
-        return _Bytes([b"" if t is None else _byte_level(t) for t in tokens], "replace", 0)
-    if decoder["type"] != "Sequence" or (found := _sequence_rules(decoder)) is None:
-        return None
-    rules, strip = found
-    table = []
-    for token in tokens:
-        text = token or ""
-        for old, new in rules:
-            text = text.replace(old, new)
-        table.append(_fallback_byte(text) or text.encode())
-    return _Bytes(table, _PER_BYTE, strip)
+codecs.register_error(REPLACE_PER_BYTE, _replace_per_byte)
 
 
 def _content(value: Any) -> str | None:
@@ -155,7 +78,7 @@ class ModelText:
         tokens: list[str | None] = [None] * (last + 1)
         for token, id in vocab.items():
             tokens[id] = token
-        self._bytes = _bytes_of(tokens, parsed.get("decoder"))
+        self._bytes = bytes_of(tokens, parsed.get("decoder"))
         if self._bytes is not None:
             shown = self._bytes.table
             self._shown = shown
@@ -224,6 +147,16 @@ class ModelText:
         self.tokenizer.post_processor = processors.TemplateProcessing(
             single=[*ends[0], "$A", *ends[1]], special_tokens=[(token, id) for id, token in names.items()]
         )
+
+    @property
+    def token_bytes(self) -> list[bytes] | None:
+        """The bytes of each id's token; None where the tokenizer's decoder does not simply join them."""
+        return None if self._bytes is None else self._bytes.table
+
+    @property
+    def special_ids(self) -> Set[int]:
+        """Ids that are no text."""
+        return self._special_ids
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`. Releases the GIL; slow for megabytes of text."""

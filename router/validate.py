@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from router import choosing
 from router.bounds import check_strings, check_token_ids, show, within
+from router.format import grammar_of
 from router.models import ServedModel
 from understudy.errors import CannotResume, InvalidRequest
 from understudy.v1 import inference_pb2 as pb
@@ -237,8 +238,7 @@ def validate(
         )
     stop_ids = check_token_ids("stopping.stop_token_ids", stopping.stop_token_ids, info.vocab_size)
     probe = choosing.probe(response, info.layers)
-    if request.HasField("format"):
-        raise InvalidRequest("is not supported yet; leave it out", "format")
+    grammar = grammar_of(request.format, model) if request.HasField("format") else None
     salt = _salt(request.kv, tenant)
     pinned = _check_identity(request.resume, infos or (info,)) if resumed else None
     prompt, received = _resumed(request, model, n) if resumed else (_prompt(request, model), {})
@@ -266,6 +266,7 @@ def validate(
         prompt_logprobs=_count(response, "prompt_logprobs"),
         echo=response.echo,
         probe=probe,
+        grammar=grammar,
         cache_salt=salt,
         bypass_prefix_cache=request.kv.bypass_prefix_cache,
         priority=request.priority,

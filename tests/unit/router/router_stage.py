@@ -20,11 +20,12 @@ from router.gateway import Gateway
 from router.models import SamplingDefaults, ServedModel
 from router.server import GatewayConfig
 from router.state import Router
-from router.text import ModelText, byte_of_char
+from router.text import ModelText
 from understudy.v1 import inference_pb2 as pb
 from understudy.v1 import inference_pb2_grpc
 from workers.engine import Request
 from workers.engine.fake import FakeEngine
+from workers.grammar.vocabulary import byte_of_char
 
 VOCAB = 300  # the model's; its tokenizer has fewer
 EOS, BOS = 256, 257
