@@ -29,6 +29,7 @@ def build_engine(config: EngineConfig, progress: Callable[[int, int], None] | No
     from workers.engine.core import EngineCore
     from workers.engine.runner import Runner
     from workers.engine.sampler import SAMPLER_VERSION
+    from workers.grammar.formats import CheckpointFormats
     from workers.kernels.ops import BLOCK
 
     runner = Runner.from_checkpoint(config, progress)
@@ -49,7 +50,8 @@ def build_engine(config: EngineConfig, progress: Callable[[int, int], None] | No
         layers=its.layers,
     )
     cache = CacheManager(its.blocks, its.windows, BLOCK, config.prefix_cache)
-    return EngineCore(runner, info, cache, runner.ops)
+    formats = CheckpointFormats(Path(config.model_dir), its.vocab_size)
+    return EngineCore(runner, info, cache, runner.ops, formats)
 
 
 def step_sizes(config: EngineConfig) -> tuple[int, int]:
