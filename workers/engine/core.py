@@ -41,6 +41,7 @@ class _Made:
 
     sequence: Sequence
     choices: list[Choice] = field(default_factory=list)
+    seen: list[TokenTrace] = field(default_factory=list)  # empty, or one for each choice
     finish: FinishReason | None = None
     error: str = ""
 
@@ -74,6 +75,7 @@ class EngineCore:
         self._proposer = proposer
         self._draft_tokens = draft_tokens
         self._formats = formats
+        self._probed = 0  # sequences that ask what happens inside the layers
         self._opening: list[Sequence] = []  # whose grammar is being compiled beside the steps
         self._threads = None if formats is None else ThreadPoolExecutor(2, thread_name_prefix="format")
 
@@ -90,6 +92,8 @@ class EngineCore:
         plan = self._scheduler.schedule()
         if self._proposer is not None:
             self._draft(plan, self._proposer)
+        if self._probed:
+            self._ask_layers(plan)
         masks = self._start_masks(plan) if self._threads is not None else {}
         try:
             logits = self._runner.run(plan)
@@ -120,6 +124,7 @@ class EngineCore:
             if asks(request):
                 sequence.ways = Ways(request, self._info.vocab_size)
             self._sequences[request.id] = sequence
+            self._probed += _looks_inside(request)
             if request.grammar is not None:
                 self._open(sequence, request.grammar)
             else:
@@ -208,6 +213,11 @@ class EngineCore:
                 futures[s.id] = self._threads.submit(masks_of, s.matcher, drafts, ends, self._info.vocab_size)
         return futures
 
+    def _ask_layers(self, plan: StepPlan) -> None:
+        for chunk, s in zip(plan.chunks, self._scheduler.planned, strict=True):
+            if _looks_inside(s.request) and _samples(chunk, s):
+                chunk.probe = s.request.probe
+
     # Drafts.
 
     def _draft(self, plan: StepPlan, proposer: Proposer) -> None:
@@ -269,7 +279,7 @@ class EngineCore:
         return made
 
     def _take(self, s: Sequence, chunk: Chunk, choices: list[Choice]) -> _Made:
-        made, drafts = _Made(s), _drafts(chunk)
+        made, drafts = _Made(s, seen=chunk.seen), _drafts(chunk)
         for j, choice in enumerate(choices):
             if choice.error or choice.over:
                 made.finish = FinishReason.ERROR if choice.error else FinishReason.EOS
@@ -306,7 +316,9 @@ class EngineCore:
         if choices and choices[0].logprob is not None:
             output.logprobs = [choice.logprob for choice in choices if choice.logprob is not None]
         if s.request.probe is not None:
-            output.traces = [TokenTrace(choice.candidates) for choice in choices]
+            output.traces = made.seen[: len(choices)] or [TokenTrace() for _ in choices]
+            for trace, choice in zip(output.traces, choices, strict=True):
+                trace.candidates = choice.candidates
         return output
 
     def _output(self, sequence: Sequence) -> SequenceOutput:
@@ -318,6 +330,7 @@ class EngineCore:
     def _end(self, sequence: Sequence, finish: FinishReason, error: str = "") -> SequenceOutput:
         """The sequence leaves and its blocks are free; its last output."""
         del self._sequences[sequence.id]
+        self._probed -= _looks_inside(sequence.request)
         if sequence.opening is not None:
             sequence.opening.cancel()
             self._opening.remove(sequence)
@@ -341,6 +354,10 @@ class EngineCore:
 def _samples(chunk: Chunk, s: Sequence) -> bool:
     """Whether the chunk's last rows become tokens: it reaches the end of what is known."""
     return chunk.start + len(chunk.tokens) - chunk.drafts == len(s.tokens)
+
+
+def _looks_inside(request: Request) -> bool:
+    return request.probe is not None and bool(request.probe.experts or request.probe.attention)
 
 
 def _drafts(chunk: Chunk) -> list[int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 
+from workers.engine.contract import Probe, TokenTrace
+
 
 @dataclass(slots=True)
 class Chunk:
@@ -15,7 +17,8 @@ class Chunk:
     is written to block `tables[g][p // block]`; it may be longer than needed. Entries that lie wholly behind a
     group's window may be -1: they are never read. `wanted` is how many of the last rows' logits are wanted: 0, 1 to
     sample, k + 1 to check k drafts, up to all of them for logprobs of the prompt. The last `drafts` tokens are
-    guesses, not yet part of the sequence.
+    guesses, not yet part of the sequence. Where `probe` asks for what happens inside the layers, the runner puts into
+    `seen` a trace for each of the last `drafts + 1` rows.
     """
 
     id: str
@@ -24,6 +27,8 @@ class Chunk:
     tables: tuple[array[int], ...]  # each array('i')
     wanted: int
     drafts: int = 0
+    probe: Probe | None = None
+    seen: list[TokenTrace] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from understudy.errors import ConfigError
 from workers.engine.contract import EngineConfig
 from workers.engine.plan import Chunk, StepPlan
+from workers.engine.watch import Watch, WatchedOps
 from workers.kernels.choose import make_ops
 from workers.kernels.ops import BLOCK, Batch, KvCache, Ops
 from workers.model.decoder import Decoder, load_decoder
@@ -141,7 +142,32 @@ class Runner:
             row_seq=self._tensor(np.repeat(np.arange(len(chunks), dtype=np.int32), lengths)),
         )
         sampled = self._tensor(last_rows(row_start[1:], wanted))
+        if any(c.probe is not None for c in chunks):
+            return self._watched(decoder, chunks, row_start, self._tensor(ids), batch, sampled)
         return decoder.forward(self._tensor(ids), batch, self._caches, sampled)
+
+    def _watched(
+        self,
+        decoder: Decoder,
+        chunks: Sequence[Chunk],
+        row_start: NDArray[np.int64],
+        ids: Tensor,
+        batch: Batch,
+        sampled: Tensor,
+    ) -> Tensor:
+        """The same forward, and what happened in it to the rows that somebody wants to know of."""
+        rows = {
+            id(c): range(int(end) - 1 - c.drafts, int(end))
+            for c, end in zip(chunks, row_start[1:], strict=True)
+            if c.probe is not None
+        }
+        probes = {row: c.probe for c in chunks if c.probe is not None for row in rows[id(c)]}
+        watch = Watch(probes, sampled, len(ids))
+        logits = replace(decoder, ops=WatchedOps(decoder.ops, watch)).forward(ids, batch, self._caches, sampled)
+        for chunk in chunks:
+            if chunk.probe is not None:
+                chunk.seen = [watch.traces[row] for row in rows[id(chunk)]]
+        return logits
 
     def close(self) -> None:
         """Lets go of weights and cache. Idempotent."""
