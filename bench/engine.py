@@ -2,6 +2,7 @@
 
     python bench/engine.py                                  # us and, where installed, transformers
     python bench/engine.py --vllm-python VENV/bin/python --llama-cpp DIR --llama-gguf FILE
+    python bench/engine.py --inexact                        # and the price of exactness
 
 The work: a checkpoint of Qwen2.5-0.5B's shape with random bf16 weights (494 M parameters; made on the first run),
 greedy, nothing ends early, prompts of random token ids:
@@ -9,6 +10,9 @@ greedy, nothing ends early, prompts of random token ids:
     prefill    one prompt of 1,024 tokens, 1 token out: prompt tokens per second
     b1, b16    1 or 16 sequences, 16 tokens in, 64 more out: output tokens per second in all, the first token taken off
     mix        16 requests at once, 256 in, 64 out: output tokens per second, prefill included
+
+`--inexact` also runs our engine over torch's own calls (packed linears, scaled_dot_product_attention), which do not
+keep one order of summation: what exactness costs is what they gain.
 
 Prints ratios to every peer and the share of the limit: what this machine could do if every step read each weight once
 at the measured bandwidth or did each multiplication once at the measured rate, whichever takes longer.
@@ -105,6 +109,19 @@ def child_ours(checkpoint: str, repeat: int, threads: int | None) -> dict[str, A
     return result
 
 
+def child_inexact(checkpoint: str, repeat: int, threads: int | None) -> dict[str, Any]:
+    """Ours, with torch's own calls in place of kernels that keep the row law."""
+    import torch
+
+    from workers.engine import runner
+    from workers.kernels.cuda import CudaOps
+
+    if threads:
+        torch.set_num_threads(threads)
+    runner.make_ops = lambda dtype, *_: CudaOps(getattr(torch, dtype), "cpu", exact=False)
+    return child_ours(checkpoint, repeat, threads)
+
+
 def child_transformers(checkpoint: str, repeat: int, threads: int | None) -> dict[str, Any]:
     import torch
     import transformers
@@ -173,14 +190,27 @@ def child_limit(_checkpoint: str, repeat: int, threads: int | None) -> dict[str,
     data = torch.ones(1 << 28)
     bandwidth = data.nbytes / best(data.sum)
     del data
-    n = 4096
-    a, b = torch.randn(512, n).bfloat16(), torch.randn(n, n).bfloat16()
-    with torch.inference_mode():
-        flops = 2 * 512 * n * n / best(lambda: torch.nn.functional.linear(a, b))
-    return {"bandwidth": bandwidth, "flops": flops, "version": f"torch {torch.__version__}"}
+    n, flops = 4096, {}
+    for dtype in (torch.bfloat16, torch.float32):  # a CPU without bf16 instructions multiplies faster in float32
+        a, b = torch.randn(512, n).to(dtype), torch.randn(n, n).to(dtype)
+        with torch.inference_mode():
+            flops[str(dtype)] = 2 * 512 * n * n / best(lambda a=a, b=b: torch.nn.functional.linear(a, b))
+    fastest = max(flops, key=flops.__getitem__)
+    return {
+        "bandwidth": bandwidth,
+        "flops": flops[fastest],
+        "flops_in": fastest.removeprefix("torch."),
+        "version": f"torch {torch.__version__}",
+    }
 
 
-CHILDREN = {"ours": child_ours, "transformers": child_transformers, "vllm": child_vllm, "limit": child_limit}
+CHILDREN = {
+    "ours": child_ours,
+    "inexact": child_inexact,
+    "transformers": child_transformers,
+    "vllm": child_vllm,
+    "limit": child_limit,
+}
 
 
 # What the parent does.
@@ -192,7 +222,7 @@ def run_child(name: str, args: argparse.Namespace, python: str = sys.executable)
     command += ["--checkpoint", str(args.checkpoint)]
     if args.threads:
         command += ["--threads", str(args.threads)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)} if name == "ours" else None
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)} if name in ("ours", "inexact") else None
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
@@ -308,11 +338,22 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]}
 
 
+def command(args: argparse.Namespace) -> str:
+    """The command of this run, with words in place of this machine's paths."""
+    flags = [f"--repeat {args.repeat}"] if args.repeat != 3 else []
+    flags += [f"--threads {args.threads}"] if args.threads else []
+    flags += ["--inexact"] if args.inexact else []
+    flags += ["--vllm-python VENV/bin/python"] if args.vllm_python else []
+    flags += ["--llama-cpp DIR --llama-gguf FILE"] if args.llama_cpp else []
+    return " ".join(["python bench/engine.py", *flags])
+
+
 def parse() -> argparse.Namespace:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "understudy" / "bench"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=cache / "qwen2.5-0.5b-random")
     parser.add_argument("--peers", default="transformers", help="in-process peers, separated by commas; '' for none")
+    parser.add_argument("--inexact", action="store_true", help="our engine over torch's own, inexact calls as well")
     parser.add_argument("--vllm-python", help="python of a virtual environment that has vLLM")
     parser.add_argument("--llama-cpp", type=Path, help="directory of llama-bench and llama-batched-bench")
     parser.add_argument("--llama-gguf", type=Path, help="the same checkpoint as GGUF in bf16")
@@ -342,6 +383,8 @@ def main() -> None:
     programs: dict[str, Callable[[], dict[str, Any]]] = {"ours": lambda: run_child("ours", args)}
     for peer in filter(None, args.peers.split(",")):
         programs[peer] = lambda peer=peer: run_child(peer, args)  # type: ignore[misc]
+    if args.inexact:
+        programs["inexact"] = lambda: run_child("inexact", args)
     if args.vllm_python:
         programs["vllm"] = lambda: run_child("vllm", args, args.vllm_python)
     if args.llama_cpp:
@@ -360,7 +403,8 @@ def main() -> None:
     limit = limits(shape, machine_limit["bandwidth"], machine_limit["flops"])
     about = (
         f"{where['cpu']}, {where['cores']} cores, load {where['load']:.1f} at the start; reads "
-        f"{machine_limit['bandwidth'] / 1e9:.1f} GB/s, multiplies {machine_limit['flops'] / 1e9:.0f} GFLOP/s in bf16. "
+        f"{machine_limit['bandwidth'] / 1e9:.1f} GB/s, multiplies {machine_limit['flops'] / 1e9:.0f} GFLOP/s in "
+        f"{machine_limit['flops_in']}. "
         f"Ours outside the forward: {results['ours']['overhead_ms_b1']:.2f} ms a step at b1, "
         f"{results['ours']['overhead_ms_b16']:.2f} at b16."
     )
@@ -369,7 +413,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     record = {"machine": where, "shape": asdict(shape), "limit": {**machine_limit, **limit}, "results": results}
     (args.out / "engine.json").write_text(json.dumps(record, indent=2) + "\n")
-    (args.out / "engine.md").write_text(f"# bench/engine.py\n\n{text}")
+    (args.out / "engine.md").write_text(f"# bench/engine.py\n\nMade by `{command(args)}`.\n\n{text}")
 
 
 if __name__ == "__main__":
