@@ -4,22 +4,30 @@
 
 #include <algorithm>
 
+#include "linear_avx2.h"
 #include "pool.h"
 
 namespace understudy {
 namespace {
 
-#if defined(__AVX512F__)
+#ifdef UNDERSTUDY_LINEAR_AVX2
+using avx2::pack;
+using avx2::panel_times_rows;
+using avx2::ROWS;
+using avx2::WIDTH;
+constexpr long L2_SHARE = 1L << 18, PANELS = 1;
+#else
+#ifdef __AVX512F__
 constexpr int VECTORS = 4, ROWS = 6;  // 24 of 32 registers hold sums
-#elif defined(__AVX2__)
-constexpr int VECTORS = 1, ROWS = 6;  // a vector is two registers: 12 of 16
 #else
 constexpr int VECTORS = 1, ROWS = 4;
 #endif
-constexpr long WIDTH = VECTORS * LANES;
+constexpr long WIDTH = VECTORS * LANES, L2_SHARE = 1L << 19, PANELS = 4;
+#endif
 
 template <class T> long panel_bytes(long k) { return k * WIDTH * static_cast<long>(sizeof(T)); }
 
+#ifndef UNDERSTUDY_LINEAR_AVX2
 template <class T> void pack(const Linear &linear, const void *w, long w_stride, long panel) {
     const auto *source = static_cast<const T *>(w);
     auto *out = reinterpret_cast<T *>(linear.packed + panel * linear.panel_bytes);
@@ -57,8 +65,17 @@ template <class T, int R> void tile(const Linear &linear, const float *x, long x
     }
 }
 
-template <class T> void multiply(const Linear &linear, const Rows &rows, long begin, long end) {
+template <class T> void panel_times_rows(const Linear &linear, const float *x, long x_stride, T *y, long y_stride, long m, long panel) {
     static constexpr decltype(&tile<T, 1>) tiles[] = {nullptr, tile<T, 1>, tile<T, 2>, tile<T, 3>, tile<T, 4>, tile<T, 5>, tile<T, 6>};
+    for (long row = 0; row < m;) {
+        const long left = m - row, count = std::min<long>(left, ROWS);
+        tiles[count](linear, x + row * x_stride, x_stride, y + row * y_stride, y_stride, panel);
+        row += count;
+    }
+}
+#endif
+
+template <class T> void multiply(const Linear &linear, const Rows &rows, long begin, long end) {
     const float *x = nullptr;
     long x_stride = 0;
     if constexpr (sizeof(T) == 4) {
@@ -74,19 +91,13 @@ template <class T> void multiply(const Linear &linear, const Rows &rows, long be
         x_stride = wide;
     }
     T *y = static_cast<T *>(rows.y);
-    for (long panel = begin; panel < end; panel++) {
-        for (long row = 0; row < rows.m;) {
-            const long left = rows.m - row, count = std::min<long>(left, ROWS);
-            tiles[count](linear, x + row * x_stride, x_stride, y + row * rows.y_stride, rows.y_stride, panel);
-            row += count;
-        }
-    }
+    for (long panel = begin; panel < end; panel++) panel_times_rows(linear, x, x_stride, y, rows.y_stride, rows.m, panel);
 }
 
-// Half of a cache of 1 MB; a panel of the other operand passes by.
-long row_block(const Linear &linear, long) { return std::max<long>(8 * ROWS, (1L << 19) / (linear.k * 4) / ROWS * ROWS); }
+// Half of a core's second cache; a panel of the other operand passes by.
+long row_block(const Linear &linear, long) { return std::max<long>(8 * ROWS, L2_SHARE / (linear.k * 4) / ROWS * ROWS); }
 
-template <class T> constexpr Kernels kernels{WIDTH, panel_bytes<T>, pack<T>, multiply<T>, row_block, 4};
+template <class T> constexpr Kernels kernels{WIDTH, panel_bytes<T>, pack<T>, multiply<T>, row_block, PANELS};
 
 }  // namespace
 
