@@ -31,6 +31,14 @@ def serve(
     chunk_tokens: Annotated[int | None, _option("Rows of a step at most (512).", _MODELS)] = None,
     max_running: Annotated[int | None, _option("Sequences that run at once (64).", _MODELS)] = None,
     threads: Annotated[int | None, _option("Threads of computation per replica (an even share).", _MODELS)] = None,
+    speculate: Annotated[
+        str | None,
+        _option("auto, none, ngram or draft: where drafts of the next tokens come from (auto: --draft-model)", _MODELS),
+    ] = None,
+    draft_model: Annotated[
+        Path | None, _option("A smaller checkpoint of the same vocabulary, to draft with.", _MODELS, metavar="DIR")
+    ] = None,
+    draft_tokens: Annotated[int | None, _option("Tokens of a draft at most (4).", _MODELS)] = None,
     replicas: Annotated[str | None, _option("Replicas of each model (1).", _MODELS, metavar="N")] = None,
     host: Annotated[str | None, _option("Where the gateway listens (127.0.0.1).", _SERVICE)] = None,
     port: Annotated[int | None, _option("Its port; 0 takes a free one (50051).", _SERVICE)] = None,

@@ -21,6 +21,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from understudy.errors import ConfigError
+from workers.engine.speculate import MAX_DRAFT_TOKENS
 
 ENV_PREFIX = "UNDERSTUDY_"
 # What Kubernetes writes into every pod for a Service named "understudy", and what others read.
@@ -87,6 +88,9 @@ class _Sizes(BaseModel):
     chunk_tokens: Annotated[int, Field(ge=1)] | None = None
     max_running: Annotated[int, Field(ge=1)] | None = None
     threads: Annotated[int, Field(ge=1)] | None = None
+    speculate: Literal["auto", "none", "ngram", "draft"] = "auto"
+    draft_model: FilePath | None = None
+    draft_tokens: Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS)] = 4
     replicas: Replicas = 1
 
 
@@ -265,6 +269,7 @@ def _models(
         except ValidationError as error:
             raise _readable(error, labels) from error
         _check_directory(model)
+        _check_draft(model, labels)
         models.append(model)
     return tuple(models)
 
@@ -285,6 +290,22 @@ def _check_directory(model: ModelConfig) -> None:
         raise ConfigError(f"--model {model.path}: no such directory; give one that holds a Hugging Face checkpoint")
     if not (model.path / "config.json").is_file():
         raise ConfigError(f"--model {model.path}: has no config.json; give a directory that holds a checkpoint")
+
+
+def _check_draft(model: ModelConfig, labels: Mapping[str, str]) -> None:
+    """Whether there is a draft model where one is used; one that is switched off by `none` may be there."""
+    speculate, draft = labels.get("speculate", "--speculate"), labels.get("draft_model", "--draft-model")
+    if model.draft_model is None:
+        if model.speculate == "draft":
+            raise ConfigError(f"{speculate} = 'draft': needs {draft}; or choose ngram, which needs no model")
+    elif model.speculate == "ngram":
+        raise ConfigError(
+            f"{draft} = '{model.draft_model}': is not used with {speculate} = 'ngram'; leave one of them out"
+        )
+    elif not (model.draft_model / "config.json").is_file():
+        raise ConfigError(
+            f"{draft} = '{model.draft_model}': has no config.json; give a directory that holds a checkpoint"
+        )
 
 
 def is_loopback(host: str) -> bool:

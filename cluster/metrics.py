@@ -27,6 +27,8 @@ _COUNTERS: tuple[tuple[str, str, _Value], ...] = (
     ("hit_tokens", "Prompt tokens found in the prefix tree.", lambda v: v.stats.hit_tokens),
     ("queried_tokens", "Prompt tokens looked up.", lambda v: v.stats.queried_tokens),
     ("preemptions", "Sequences that gave their blocks back.", lambda v: v.stats.preemptions),
+    ("drafted_tokens", "Tokens of drafts that were checked.", lambda v: v.stats.drafted_tokens),
+    ("accepted_tokens", "Tokens of drafts that the model agreed with.", lambda v: v.stats.accepted_tokens),
 )
 _LABELS = ("model", "replica")
 

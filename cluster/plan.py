@@ -105,6 +105,8 @@ def _replica_plan(
 ) -> ReplicaPlan:
     local = config.ray_address is None
     threads = model.threads or (max(1, cpus // number) if local else None)
+    auto = "none" if model.draft_model is None else "draft"
+    speculate = auto if model.speculate == "auto" else model.speculate
     engine = EngineConfig(
         model_dir=str(model.path.resolve()),
         name=model.name,
@@ -115,6 +117,9 @@ def _replica_plan(
         chunk_tokens=model.chunk_tokens,
         max_running=model.max_running,
         threads=threads,
+        speculate=speculate,
+        draft_model_dir=str(model.draft_model) if speculate == "draft" else None,
+        draft_tokens=model.draft_tokens,
     )
     # On one machine Ray's count of CPUs decides nothing: threads do. In a cluster it keeps replicas apart.
     leader_cpus = 0.01 if local else float(threads or 1)

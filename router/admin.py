@@ -43,6 +43,8 @@ def replica_message(view: ReplicaView) -> pb.Replica:
         running=stats.running,
         waiting=stats.waiting,
         generated_tokens=stats.generated_tokens,
+        drafted_tokens=stats.drafted_tokens,
+        accepted_tokens=stats.accepted_tokens,
         cache=pb.CacheStatus(
             blocks_total=info.blocks,
             blocks_in_use=stats.blocks_in_use,

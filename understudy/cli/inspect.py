@@ -64,7 +64,7 @@ def status(
     )
     _table(
         "replicas",
-        ("id", "model", "state", "node", "epoch", "running", "waiting", "tokens made", "cache", "hits"),
+        ("id", "model", "state", "node", "epoch", "running", "waiting", "tokens made", "cache", "hits", "drafts"),
         [_replica(replica) for replica in found.replicas],
     )
     _table(
@@ -92,6 +92,7 @@ def _replica(replica: admin_pb2.Replica) -> tuple[str, ...]:
         f"{replica.generated_tokens:,}",
         used,
         hits,
+        f"{replica.accepted_tokens / replica.drafted_tokens:.0%}" if replica.drafted_tokens else "-",
     )
 
 

@@ -14,27 +14,27 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19understudy/v1/admin.proto\x12\runderstudy.v1\"\x12\n\x10GetStatusRequest\"\xbd\x01\n\x0b\x43\x61\x63heStatus\x12\x14\n\x0c\x62locks_total\x18\x01 \x01(\x04\x12\x15\n\rblocks_in_use\x18\x02 \x01(\x04\x12\x15\n\rblocks_cached\x18\x03 \x01(\x04\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\x12\x13\n\x0b\x62ytes_total\x18\x05 \x01(\x04\x12\x12\n\nhit_tokens\x18\x06 \x01(\x04\x12\x16\n\x0equeried_tokens\x18\x07 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x08 \x01(\x04\"\xe3\x01\n\x07Replica\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12*\n\x05state\x18\x03 \x01(\x0e\x32\x1b.understudy.v1.ReplicaState\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x18\n\x10generated_tokens\x18\x08 \x01(\x04\x12)\n\x05\x63\x61\x63he\x18\t \x01(\x0b\x32\x1a.understudy.v1.CacheStatus\x12\r\n\x05\x63\x61use\x18\n \x01(\t\"Q\n\x07Process\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0f\n\x07replica\x18\x04 \x01(\t\x12\x0c\n\x04rank\x18\x05 \x01(\r\"|\n\x0bModelStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x13\n\x0bnumerics_id\x18\x03 \x01(\t\x12\x16\n\x0ereplicas_ready\x18\x04 \x01(\r\x12\x17\n\x0freplicas_wanted\x18\x05 \x01(\r\"\xb7\x01\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12*\n\x06models\x18\x02 \x03(\x0b\x32\x1a.understudy.v1.ModelStatus\x12(\n\x08replicas\x18\x03 \x03(\x0b\x32\x16.understudy.v1.Replica\x12)\n\tprocesses\x18\x04 \x03(\x0b\x32\x16.understudy.v1.Process\x12\x10\n\x08uptime_s\x18\x05 \x01(\x01*\x96\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REPLICA_STATE_STARTING\x10\x01\x12\x17\n\x13REPLICA_STATE_READY\x10\x02\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x03\x12\x16\n\x12REPLICA_STATE_LOST\x10\x04\x32W\n\x05\x41\x64min\x12N\n\tGetStatus\x12\x1f.understudy.v1.GetStatusRequest\x1a .understudy.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19understudy/v1/admin.proto\x12\runderstudy.v1\"\x12\n\x10GetStatusRequest\"\xbd\x01\n\x0b\x43\x61\x63heStatus\x12\x14\n\x0c\x62locks_total\x18\x01 \x01(\x04\x12\x15\n\rblocks_in_use\x18\x02 \x01(\x04\x12\x15\n\rblocks_cached\x18\x03 \x01(\x04\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\x12\x13\n\x0b\x62ytes_total\x18\x05 \x01(\x04\x12\x12\n\nhit_tokens\x18\x06 \x01(\x04\x12\x16\n\x0equeried_tokens\x18\x07 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x08 \x01(\x04\"\x94\x02\n\x07Replica\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12*\n\x05state\x18\x03 \x01(\x0e\x32\x1b.understudy.v1.ReplicaState\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x18\n\x10generated_tokens\x18\x08 \x01(\x04\x12)\n\x05\x63\x61\x63he\x18\t \x01(\x0b\x32\x1a.understudy.v1.CacheStatus\x12\r\n\x05\x63\x61use\x18\n \x01(\t\x12\x16\n\x0e\x64rafted_tokens\x18\x0b \x01(\x04\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x0c \x01(\x04\"Q\n\x07Process\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0f\n\x07replica\x18\x04 \x01(\t\x12\x0c\n\x04rank\x18\x05 \x01(\r\"|\n\x0bModelStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x13\n\x0bnumerics_id\x18\x03 \x01(\t\x12\x16\n\x0ereplicas_ready\x18\x04 \x01(\r\x12\x17\n\x0freplicas_wanted\x18\x05 \x01(\r\"\xb7\x01\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12*\n\x06models\x18\x02 \x03(\x0b\x32\x1a.understudy.v1.ModelStatus\x12(\n\x08replicas\x18\x03 \x03(\x0b\x32\x16.understudy.v1.Replica\x12)\n\tprocesses\x18\x04 \x03(\x0b\x32\x16.understudy.v1.Process\x12\x10\n\x08uptime_s\x18\x05 \x01(\x01*\x96\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REPLICA_STATE_STARTING\x10\x01\x12\x17\n\x13REPLICA_STATE_READY\x10\x02\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x03\x12\x16\n\x12REPLICA_STATE_LOST\x10\x04\x32W\n\x05\x41\x64min\x12N\n\tGetStatus\x12\x1f.understudy.v1.GetStatusRequest\x1a .understudy.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'understudy.v1.admin_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_REPLICASTATE']._serialized_start=882
-  _globals['_REPLICASTATE']._serialized_end=1032
+  _globals['_REPLICASTATE']._serialized_start=931
+  _globals['_REPLICASTATE']._serialized_end=1081
   _globals['_GETSTATUSREQUEST']._serialized_start=44
   _globals['_GETSTATUSREQUEST']._serialized_end=62
   _globals['_CACHESTATUS']._serialized_start=65
   _globals['_CACHESTATUS']._serialized_end=254
   _globals['_REPLICA']._serialized_start=257
-  _globals['_REPLICA']._serialized_end=484
-  _globals['_PROCESS']._serialized_start=486
-  _globals['_PROCESS']._serialized_end=567
-  _globals['_MODELSTATUS']._serialized_start=569
-  _globals['_MODELSTATUS']._serialized_end=693
-  _globals['_GETSTATUSRESPONSE']._serialized_start=696
-  _globals['_GETSTATUSRESPONSE']._serialized_end=879
-  _globals['_ADMIN']._serialized_start=1034
-  _globals['_ADMIN']._serialized_end=1121
+  _globals['_REPLICA']._serialized_end=533
+  _globals['_PROCESS']._serialized_start=535
+  _globals['_PROCESS']._serialized_end=616
+  _globals['_MODELSTATUS']._serialized_start=618
+  _globals['_MODELSTATUS']._serialized_end=742
+  _globals['_GETSTATUSRESPONSE']._serialized_start=745
+  _globals['_GETSTATUSRESPONSE']._serialized_end=928
+  _globals['_ADMIN']._serialized_start=1083
+  _globals['_ADMIN']._serialized_end=1170
 # @@protoc_insertion_point(module_scope)

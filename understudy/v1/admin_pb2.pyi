@@ -44,7 +44,7 @@ class CacheStatus(_message.Message):
     def __init__(self, blocks_total: _Optional[int] = ..., blocks_in_use: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., block_tokens: _Optional[int] = ..., bytes_total: _Optional[int] = ..., hit_tokens: _Optional[int] = ..., queried_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ...) -> None: ...
 
 class Replica(_message.Message):
-    __slots__ = ("id", "model", "state", "node", "epoch", "running", "waiting", "generated_tokens", "cache", "cause")
+    __slots__ = ("id", "model", "state", "node", "epoch", "running", "waiting", "generated_tokens", "cache", "cause", "drafted_tokens", "accepted_tokens")
     ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +55,8 @@ class Replica(_message.Message):
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
     CAUSE_FIELD_NUMBER: _ClassVar[int]
+    DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     id: str
     model: str
     state: ReplicaState
@@ -65,7 +67,9 @@ class Replica(_message.Message):
     generated_tokens: int
     cache: CacheStatus
     cause: str
-    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cache: _Optional[_Union[CacheStatus, _Mapping]] = ..., cause: _Optional[str] = ...) -> None: ...
+    drafted_tokens: int
+    accepted_tokens: int
+    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cache: _Optional[_Union[CacheStatus, _Mapping]] = ..., cause: _Optional[str] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ...) -> None: ...
 
 class Process(_message.Message):
     __slots__ = ("role", "pid", "node", "replica", "rank")

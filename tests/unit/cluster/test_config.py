@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cluster import config as module
 from cluster.config import is_loopback, load, parse_size
+from cluster.plan import make_plan
 from understudy.errors import ConfigError
 
 
@@ -68,6 +69,25 @@ def test_each_model_has_its_section(model: Path, write: Any) -> None:
     assert (only.name, only.replicas) == ("a", 3), "a named model keeps its section"
 
 
+def test_drafts_of_each_model(model: Path, write: Any) -> None:
+    (model / "tokenizer.json").write_text("{}")
+    tree = {
+        "draft-model": str(model),
+        "models": {
+            "a": {"path": str(model), "draft_tokens": 7},
+            "b": {"path": str(model), "speculate": "none"},
+        },
+    }
+    config = load({}, {}, write(tree))
+    a, b = (replica.engine for replica in make_plan(config, 2).replicas)
+    assert (a.speculate, a.draft_model_dir, a.draft_tokens) == ("draft", str(model), 7)
+    assert (b.speculate, b.draft_model_dir, b.draft_tokens) == ("none", None, 4)
+    (lookup,) = make_plan(load({"model": [str(model)]}, {"UNDERSTUDY_SPECULATE": "ngram"}), 2).replicas
+    assert (lookup.engine.speculate, lookup.engine.draft_model_dir) == ("ngram", None)
+    (without,) = make_plan(load({"model": [str(model)]}), 2).replicas
+    assert without.engine.speculate == "none"
+
+
 def test_several_models_by_name(model: Path) -> None:
     config = load({"model": [str(model), f"other={model}"]})
     assert [m.name for m in config.models] == ["llama", "other"]
@@ -87,6 +107,12 @@ def test_several_models_by_name(model: Path) -> None:
         ({"replicas": "1:4"}, ["--replicas", "1:4", "one number"]),
         ({"replicas": "many"}, ["--replicas", "many", "integer"]),
         ({"max_running": 0}, ["--max-running", "0"]),
+        ({"speculate": "maybe"}, ["--speculate", "maybe", "ngram"]),
+        ({"speculate": "draft"}, ["--speculate", "draft", "--draft-model", "ngram"]),
+        ({"draft_model": "/nowhere"}, ["--draft-model", "/nowhere", "config.json"]),
+        ({"draft_model": "/x", "speculate": "ngram"}, ["--draft-model", "/x", "--speculate", "leave one"]),
+        ({"draft_tokens": 0}, ["--draft-tokens", "0", "1"]),
+        ({"draft_tokens": 65}, ["--draft-tokens", "65", "64"]),
         ({"heartbeat_timeout": 0.1}, ["--heartbeat-timeout", "0.1", "0.5"]),
         ({"max_streams": 0}, ["--max-streams", "0", "1"]),
         ({"max_message_bytes": "1KiB"}, ["--max-message-bytes", "1024", "65536"]),

@@ -220,9 +220,11 @@ async def test_a_router_that_does_not_answer_is_a_broken_connection() -> None:
 def test_a_replica_in_the_words_of_the_admin_api() -> None:
     info: EngineInfo = INFO
     stats = EngineStats(running=1, waiting=2, generated_tokens=3, blocks_in_use=4, hit_tokens=5, preemptions=6)
+    stats.drafted_tokens, stats.accepted_tokens = 8, 7
     lost = replica_message(ReplicaView("a", "at", 7, State.LOST, info, stats, 3.0, "n"))
     assert (lost.state, lost.cause, lost.epoch, lost.node) == (admin_pb2.REPLICA_STATE_LOST, "silent for 3.0 s", 7, "n")
     assert (lost.running, lost.waiting, lost.generated_tokens) == (1, 2, 3)
+    assert (lost.drafted_tokens, lost.accepted_tokens) == (8, 7)
     assert (lost.cache.blocks_in_use, lost.cache.blocks_total, lost.cache.preemptions) == (4, info.blocks, 6)
     ready = replica_message(ReplicaView("a", "at", 7, State.READY, info, stats, 0.0))
     assert (ready.state, ready.cause) == (admin_pb2.REPLICA_STATE_READY, "")
