@@ -13,7 +13,16 @@ import msgspec
 import pytest
 
 from understudy.errors import CheckpointError, ConfigError
-from workers.engine import EngineConfig, EngineStats, FinishReason, Request, Sampling, SequenceOutput, StepOutput
+from workers.engine import (
+    EngineConfig,
+    EngineStats,
+    FinishReason,
+    Grammar,
+    Request,
+    Sampling,
+    SequenceOutput,
+    StepOutput,
+)
 from workers.engine.build import build_engine
 from workers.engine.loop import EngineLoop
 
@@ -209,6 +218,12 @@ def test_bundled_model(demo_model: Path, speculate: str) -> None:
     vocab = json.loads((demo_model / "config.json").read_text())["vocab_size"]
     requests = requests_of_all_kinds(vocab, 5, dice)
     requests += [Request(f"greedy{i}", [dice.randrange(vocab)], 60, Sampling(temperature=0.0)) for i in range(2)]
+    schema = '{"type": "object", "properties": {"name": {"enum": ["Ann", "Bo"]}, "n": {"type": "integer"}}}'
+    formats = [Grammar("json_schema", schema), Grammar("regex", "(ab|cd){3,20}e")]
+    requests += [
+        Request(f"format{i}", [7, 8, 9], 40, Sampling(temperature=t, seed=i), grammar=formats[i % 2], logprobs=1)
+        for i, t in enumerate((0.0, 0.0, 0.8, 0.8))
+    ]
     plain = EngineConfig(str(demo_model), max_running=8, cache_bytes=1 << 24, threads=1)
     draft = str(demo_model) if speculate == "draft" else None
     drafting = msgspec.structs.replace(plain, speculate=speculate, draft_model_dir=draft)

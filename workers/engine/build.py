@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 
 from understudy.errors import ConfigError
 from workers.engine.contract import EngineConfig, EngineInfo
+from workers.engine.speculate import MAX_DRAFT_TOKENS
 
 if TYPE_CHECKING:
     from workers.engine.core import EngineCore
+    from workers.engine.drafts import Proposer
+    from workers.engine.runner import RunnerInfo
 
 DEFAULT_CHUNK_TOKENS = 512  # rows a step has at most: large enough to be bound by arithmetic, small enough to be short
 DEFAULT_MAX_RUNNING = 64
@@ -22,6 +25,7 @@ def build_engine(config: EngineConfig, progress: Callable[[int, int], None] | No
     Raises CheckpointError (names the file) or ConfigError (names the key).
     """
     max_running, chunk_tokens = step_sizes(config)
+    check_speculation(config)
 
     import numpy as np
 
@@ -51,7 +55,36 @@ def build_engine(config: EngineConfig, progress: Callable[[int, int], None] | No
     )
     cache = CacheManager(its.blocks, its.windows, BLOCK, config.prefix_cache)
     formats = CheckpointFormats(Path(config.model_dir), its.vocab_size)
-    return EngineCore(runner, info, cache, runner.ops, formats)
+    proposer = make_proposer(config, its, chunk_tokens)
+    return EngineCore(runner, info, cache, runner.ops, formats, proposer, config.draft_tokens)
+
+
+def make_proposer(config: EngineConfig, target: RunnerInfo, chunk_tokens: int) -> Proposer | None:
+    """Where drafts come from, by `config.speculate`. Loads the draft model: raises CheckpointError or ConfigError."""
+    if config.speculate == "ngram":
+        from workers.engine.ngram import NgramProposer
+
+        return NgramProposer()
+    if config.speculate == "draft":
+        from workers.engine.draft import load_draft
+
+        return load_draft(config, target, chunk_tokens)
+    return None
+
+
+def check_speculation(config: EngineConfig) -> None:
+    """Raises ConfigError where the keys of speculation are out of bounds or contradict each other, or where the two
+    models do; CheckpointError where one of those cannot be read."""
+    if config.speculate not in ("none", "ngram", "draft"):
+        raise ConfigError(f"speculate: {config.speculate!r} is not one of none, ngram, draft")
+    if not 1 <= config.draft_tokens <= MAX_DRAFT_TOKENS:
+        raise ConfigError(f"draft_tokens: {config.draft_tokens} is not within 1 and {MAX_DRAFT_TOKENS}")
+    if config.speculate == "draft":
+        if not config.draft_model_dir:
+            raise ConfigError("speculate: draft needs draft_model_dir; or choose ngram, which needs no model")
+        from workers.engine.draft import check_draft
+
+        check_draft(config)
 
 
 def step_sizes(config: EngineConfig) -> tuple[int, int]:

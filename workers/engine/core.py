@@ -225,7 +225,7 @@ class EngineCore:
         if not places:
             return
         try:
-            drafts = proposer.propose([Ask(s.id, s.tokens, n, s.request.cache_salt) for _, s, n in places])
+            drafts = proposer.propose([_ask(s, n) for _, s, n in places])
         except Exception:  # guessing is a help that answers do not depend on
             log.exception("the proposer of drafts failed; going on without it")
             self._proposer = None
@@ -362,6 +362,11 @@ def _looks_inside(request: Request) -> bool:
 
 def _drafts(chunk: Chunk) -> list[int]:
     return chunk.tokens[len(chunk.tokens) - chunk.drafts :] if chunk.drafts else []
+
+
+def _ask(s: Sequence, at_most: int) -> Ask:
+    r = s.request
+    return Ask(s.id, s.tokens, at_most, r.cache_salt, r.sampling, r.index, s.made)
 
 
 def _row(s: Sequence, position: int) -> Row:

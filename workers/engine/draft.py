@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
+import torch
 from torch import Tensor
 
 from understudy.errors import CheckpointError, ConfigError
@@ -209,29 +210,33 @@ def _plain(sampling: Sampling) -> Sampling:
 # Building one.
 
 
+def check_draft(config: EngineConfig) -> None:
+    """Raises ConfigError where the draft model does not speak the model's vocabulary, CheckpointError where one of
+    them cannot be read. Loads neither."""
+    model, draft = Path(config.model_dir), Path(config.draft_model_dir or "")
+    ours, theirs = read_spec(model).vocab_size, read_spec(draft).vocab_size
+    if ours != theirs:
+        raise ConfigError(
+            f"draft_model_dir: {draft} has a vocabulary of {theirs} tokens, the model one of {ours}; a draft model "
+            "must have the same"
+        )
+    check_tokenizers(model, draft)
+
+
 def load_draft(config: EngineConfig, target: RunnerInfo, chunk_tokens: int) -> DraftModel:
     """The draft model in `config.draft_model_dir`, on the target's device; its cache has as many positions as the
-    target's where memory allows, beside `cache_bytes`.
+    target's where memory allows, beside `cache_bytes`. Ask `check_draft` first.
 
-    Raises ConfigError where it does not speak the target's vocabulary, CheckpointError where it cannot be read.
+    Raises CheckpointError or ConfigError.
     """
-    folder = Path(config.draft_model_dir or "")
-    spec = read_spec(folder)
-    if spec.vocab_size != target.vocab_size:
-        raise ConfigError(
-            f"draft_model_dir: {folder} has a vocabulary of {spec.vocab_size} tokens, the model one of "
-            f"{target.vocab_size}; a draft model must have the same"
-        )
-    check_tokenizers(Path(config.model_dir), folder)
+    spec = read_spec(Path(config.draft_model_dir or ""))
     ops = make_ops(
         spec.dtype if config.dtype == "auto" else config.dtype, config.device, config.kernels, config.threads
     )
-    kind = "cuda" if config.device.startswith("cuda") else "cpu"
-    import torch
-
-    room = int(available_memory(torch.device(config.device)) * CACHE_SHARE[kind])
+    device = torch.device(config.device)
+    room = int(available_memory(device) * CACHE_SHARE[device.type])
     cache_bytes = min(block_bytes(spec, ops) * min(target.blocks), room)
-    own = msgspec.structs.replace(config, model_dir=str(folder), max_context=None, cache_bytes=cache_bytes)
+    own = msgspec.structs.replace(config, model_dir=config.draft_model_dir, max_context=None, cache_bytes=cache_bytes)
     runner = Runner.from_checkpoint(own)
     cache = CacheManager(runner.info.blocks, runner.info.windows, BLOCK, config.prefix_cache)
     return DraftModel(runner, runner.info, cache, runner.ops, chunk_tokens)
