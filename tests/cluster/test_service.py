@@ -78,7 +78,7 @@ def test_four_answers_to_one_prompt_with_all_that_can_be_told(service: Service) 
         "model": "demo", "temperature": 0.8, "top_p": 1.0, "seed": 5, "max_tokens": 10, "ignore_eos": True,
         "repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2, "logit_bias": {34: -2.0},
         "bad_words": ["banana"], "prompt_logprobs": 2, "logprobs": 1, "echo": True, "trace": True,
-        "trace_candidates": 3, "timeout": 60,
+        "trace_candidates": 3, "trace_attention": [5], "timeout": 60,
     }  # fmt: skip
     with service.client() as client:
         if "demo" not in {m.name for m in client.models()}:
@@ -95,9 +95,14 @@ def test_four_answers_to_one_prompt_with_all_that_can_be_told(service: Service) 
         assert "banana" not in choice.text
         assert len(choice.token_ids) == len(choice.logprobs) == len(choice.traces) == 10
         assert choice.finish.usage == Usage(6, 10)
-        for id, trace in zip(choice.token_ids, choice.traces, strict=True):
+        for place, (id, trace) in enumerate(zip(choice.token_ids, choice.traces, strict=True)):
             assert trace.token_id == id
             assert next(c for c in trace.candidates if c.token_id == id).after > 0
+            assert [e.layer for e in trace.experts] == list(range(6))
+            assert [len(e.experts) for e in trace.experts] == [2] * 6
+            (attention,) = trace.attention
+            assert (attention.layer, attention.start, len(attention.weights)) == (5, 0, 6 + place)
+            assert sum(attention.weights) == pytest.approx(1, abs=0.02)
     assert again.choices == done.choices
     assert alone.choices == done.choices[:1]
     told = done.prompt.prompt_logprobs

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 WIDTH = 80
 _BAR = 16
 _NAME = 22
-_ATTENDED = 5
+_ATTENDED = 4  # what fits a line
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
