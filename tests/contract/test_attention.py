@@ -17,7 +17,8 @@ from workers.kernels.native import NativeOps
 from workers.kernels.native_attention import KvCache as NativeCache
 from workers.kernels.ops import BLOCK, Batch, Ops
 from workers.kernels.ops import KvCache as Cache
-from workers.kernels.plain import PlainCache, PlainOps
+from workers.kernels.plain import PlainOps
+from workers.kernels.plain_attention import PlainCache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = [f"plain {d}" for d in DTYPES] + [
@@ -328,15 +329,17 @@ def test_wrong_tables_and_norms_are_named(native: NativeOps) -> None:
         native.rope_write(qkv, (4, 2), q_norm, k_norm, 1e-6, cos, sin, cache, at, batch, 0)
 
     write()
-    with pytest.raises(ValueError, match=r"cos is torch.float64 .*float32 \[context, 8\]"):
+    with pytest.raises(ValueError, match=r"cos is torch.float64 .*float32 \[context, 8 or fewer\]"):
         write(cos=cos.double())
-    with pytest.raises(ValueError, match="sin has 2 positions; the batch reaches 2"):
+    with pytest.raises(ValueError, match="sin has 2 rows; the batch reaches 2"):
         write(sin=sin[:2])
     with pytest.raises(ValueError, match=r"sin is .* 4\); a contiguous"):
         write(sin=sin[:, :4])
+    with pytest.raises(ValueError, match=r"sin \(1600, 4\); they must be of one shape"):
+        write(sin=sin[:, :4].contiguous())
     with pytest.raises(ValueError, match=r"q_norm is .*\(15,\)"):
         write(q_norm=norm[:15])
-    with pytest.raises(ValueError, match=r"k_norm is .*float64"):
+    with pytest.raises(ValueError, match=r"k_norm is .*float64.* or float32"):
         write(k_norm=norm.double())
     with pytest.raises(IndexError, match="layer -1"):
         write(at=-1)

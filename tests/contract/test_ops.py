@@ -17,6 +17,7 @@ from workers.kernels.build import BuildError
 from workers.kernels.native import NativeOps
 from workers.kernels.ops import Ops
 from workers.kernels.plain import PlainOps
+from workers.model.spec import Route
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = [f"plain {d}" for d in DTYPES] + [
@@ -212,7 +213,7 @@ def experts_weights(dtype: torch.dtype, e: int, f: int, h: int) -> tuple[list[Te
 def test_experts_are_the_weighted_sum(ops: Ops, t: int, k: int, f: int, h: int) -> None:
     gate, up, down = experts_weights(ops.dtype, 5, f, h)
     x = random(ops.dtype, t, h)
-    ids, weights = ops.gate(random(ops.dtype, t, 5, seed=1), k, True)
+    ids, weights = ops.route(random(ops.dtype, t, 5, seed=1), Route(k))
     got = ops.experts(gate, up, down)(x, ids, weights)
     want = torch.zeros(t, h, dtype=torch.float64)
     for row in range(t):
@@ -228,7 +229,7 @@ def test_experts_are_the_weighted_sum(ops: Ops, t: int, k: int, f: int, h: int) 
 def test_experts_keep_the_row_law(ops: Ops) -> None:
     experts = ops.experts(*experts_weights(ops.dtype, 4, 70, 64))
     x = random(ops.dtype, 300, 64)
-    ids, weights = ops.gate(random(ops.dtype, 300, 4, seed=1), 2, True)
+    ids, weights = ops.route(random(ops.dtype, 300, 4, seed=1), Route(2))
     whole = experts(x, ids, weights)
     for start, m in ((0, 1), (1, 1), (7, 2), (13, 16), (31, 33), (39, 1), (0, 40), (100, 129)):
         rows = slice(start, start + m)
@@ -250,7 +251,7 @@ def test_native_experts_refuse_an_id_that_names_none(native: NativeOps) -> None:
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_gate_is_softmax_and_the_likeliest(ops: Ops, renormalize: bool) -> None:
     logits = random(ops.dtype, 50, 37, scale=2.0)
-    ids, weights = ops.gate(logits, 4, renormalize)
+    ids, weights = ops.route(logits, Route(4, renormalize=renormalize))
     probs = torch.softmax(logits.double(), -1)
     chosen = torch.gather(probs, 1, ids.long())
     assert ids.dtype == torch.int32
@@ -262,7 +263,7 @@ def test_gate_is_softmax_and_the_likeliest(ops: Ops, renormalize: bool) -> None:
 
 def test_gate_breaks_ties_by_the_lower_id(ops: Ops) -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0], [2.0] * 5], dtype=ops.dtype)
-    ids, _ = ops.gate(logits, 2, True)
+    ids, _ = ops.route(logits, Route(2))
     assert ids.tolist() == [[1, 2], [0, 1]]
 
 
@@ -289,12 +290,12 @@ def test_add_rms_norm_changes_the_residual(ops: Ops) -> None:
 def test_silu_mul(ops: Ops, f: int) -> None:
     x = random(ops.dtype, 5, 2 * f, scale=4.0)
     want = F.silu(x[:, :f].double()) * x[:, f:].double()
-    torch.testing.assert_close(ops.silu_mul(x).double(), want, rtol=2.1 * EPS[ops.dtype] + 1e-6, atol=1e-7)
+    torch.testing.assert_close(ops.gated_act(x).double(), want, rtol=2.1 * EPS[ops.dtype] + 1e-6, atol=1e-7)
 
 
 def test_silu_mul_at_the_ends(ops: Ops) -> None:
     x = torch.tensor([[-1000.0, 1000.0, 0.0, 1.0, 1.0, 1.0]], dtype=ops.dtype)
-    assert ops.silu_mul(x).tolist() == [[0.0, 1000.0, 0.0]]
+    assert ops.gated_act(x).tolist() == [[0.0, 1000.0, 0.0]]
 
 
 @pytest.mark.parametrize(("t", "k", "f"), [(1, 32, 48), (3, 40, 17), (40, 64, 96), (300, 96, 600)])
@@ -303,13 +304,13 @@ def test_swiglu_has_the_bits_of_its_parts(ops: Ops, t: int, k: int, f: int, bias
     x, gate, up = random(ops.dtype, t, k), random(ops.dtype, f, k, seed=1), random(ops.dtype, f, k, seed=2)
     biases = [random(ops.dtype, f, seed=3), random(ops.dtype, f, seed=4)] if biased else [None, None]
     parts = torch.cat([ops.linear(gate, biases[0])(x), ops.linear(up, biases[1])(x)], dim=1)
-    want = ops.silu_mul(parts)
+    want = ops.gated_act(parts)
     if isinstance(ops, PlainOps):  # its linears differ with their shape
         torch.testing.assert_close(
-            ops.swiglu(gate, up, *biases)(x), want, rtol=4 * EPS[ops.dtype], atol=4 * EPS[ops.dtype]
+            ops.gated(gate, up, *biases)(x), want, rtol=4 * EPS[ops.dtype], atol=4 * EPS[ops.dtype]
         )
     else:
-        assert torch.equal(ops.swiglu(gate, up, *biases)(x), want)
+        assert torch.equal(ops.gated(gate, up, *biases)(x), want)
 
 
 @pytest.mark.parametrize("v", [1, 50, 8192, 20001])
@@ -337,22 +338,22 @@ def test_row_functions_keep_the_row_law(ops: Ops) -> None:
     x = random(ops.dtype, 300, 134, seed=1, scale=3.0)
     assert_row_law(lambda rows: ops.rms_norm(rows, weight, 1e-6), x)
     assert_row_law(lambda rows: ops.add_rms_norm(rows, rows.clone(), weight, 1e-6), x)
-    assert_row_law(ops.silu_mul, x)
+    assert_row_law(ops.gated_act, x)
     assert_row_law(ops.logprobs, x)
-    assert_row_law(lambda rows: ops.gate(rows, 3, True)[1], x)
+    assert_row_law(lambda rows: ops.route(rows, Route(3))[1], x)
 
 
 def test_swiglu_keeps_the_row_law(ops: Ops) -> None:
     f, k = 333, 70
     assert_row_law(
-        ops.swiglu(random(ops.dtype, f, k, seed=1), random(ops.dtype, f, k, seed=2)), random(ops.dtype, 300, k)
+        ops.gated(random(ops.dtype, f, k, seed=1), random(ops.dtype, f, k, seed=2)), random(ops.dtype, 300, k)
     )
 
 
 def test_row_functions_take_rows_that_lie_apart(ops: Ops) -> None:
     x, weight = random(ops.dtype, 12, 200), random(ops.dtype, 66)
     part = x[:, 7:73]
-    for f in (ops.silu_mul, ops.logprobs, lambda rows: ops.rms_norm(rows, weight, 1e-6)):
+    for f in (ops.gated_act, ops.logprobs, lambda rows: ops.rms_norm(rows, weight, 1e-6)):
         assert torch.equal(f(part), f(part.contiguous()))
         torch.testing.assert_close(f(part.T.contiguous().T), f(part.contiguous()))
 

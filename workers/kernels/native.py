@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,11 +16,13 @@ import torch
 from torch import Tensor
 
 from workers.kernels import build, native_attention
-from workers.kernels.native_attention import NativeAttention
+from workers.kernels.checks import ACTS, GATED, check_route, known_act
+from workers.kernels.native_attention import DTYPES, NativeAttention
+from workers.kernels.native_linear import ACT_CODES, NativeExperts, NativeGated, NativeLinear, NativePerHead, adjacent
+from workers.model.spec import Route
 
-VERSION = 2
+VERSION = 3
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FAMILIES = {"generic": 0, "avx512bf16": 1, "amx": 2}
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
@@ -34,18 +35,39 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "understudy_linear_new": (_P, [_I, _I, _P, _L, _L, _L, _P]),
     "understudy_linear_free": (None, [_P]),
     "understudy_linear": (None, [_P, _P, _L, _P, _L, _L]),
-    "understudy_swiglu": (_I, [_P, _P, _P, _L, _P, _L, _L]),
-    "understudy_experts_new": (_P, [_P, _L]),
+    "understudy_gated": (_I, [_I, _P, _P, _P, _L, _P, _L, _L]),
+    "understudy_experts_new": (_P, [_P, _L, _I]),
     "understudy_experts_free": (None, [_P]),
     "understudy_experts": (_I, [_P, _P, _L, _P, _L, _P, _P, _L, _L]),
-    "understudy_rms_norm": (None, [_I, _P, _L, _P, _P, _L, _L, _F]),
-    "understudy_add_rms_norm": (None, [_I, _P, _L, _P, _L, _P, _P, _L, _L, _F]),
-    "understudy_silu_mul": (None, [_I, _P, _L, _P, _L, _L]),
-    "understudy_gate": (None, [_I, _P, _L, _P, _P, _L, _L, _L, _I]),
+    "understudy_rms_norm": (None, [_I, _I, _P, _L, _P, _P, _L, _L, _F]),
+    "understudy_add_rms_norm": (None, [_I, _I, _P, _L, _P, _L, _P, _P, _L, _L, _F]),
+    "understudy_layer_norm": (None, [_I, _I, _P, _L, _P, _P, _P, _L, _L, _F]),
+    "understudy_gated_act": (None, [_I, _I, _P, _L, _P, _L, _L]),
+    "understudy_act": (None, [_I, _I, _P, _L, _P, _L, _L]),
+    "understudy_softcap": (None, [_I, _P, _L, _P, _L, _L, _F]),
+    "understudy_route": (None, [_I, _P, _P, _L, _P, _P, _P, _L, _L]),
     "understudy_embed": (_I, [_P, _L, _L, _P, _P, _L]),
     "understudy_logprobs": (None, [_I, _P, _L, _P, _L, _L]),
     "understudy_argmax": (None, [_I, _P, _L, _P, _L, _L]),
 }
+
+
+class _RouteCode(ctypes.Structure):
+    """`struct Route` of src/route.cpp."""
+
+    _fields_ = (
+        *((name, _I) for name in ("top_k", "scoring", "renormalize", "groups", "top_groups", "top2")),
+        ("scale", _F),
+    )
+
+
+@lru_cache(maxsize=64)
+def _route_code(route: Route) -> Any:
+    scoring = ("softmax", "sigmoid", "chosen_softmax").index(route.scoring)
+    top2 = route.group_score == "top2"
+    return ctypes.pointer(
+        _RouteCode(route.top_k, scoring, route.renormalize, route.groups, route.top_groups, top2, route.scale)
+    )
 
 
 @lru_cache(maxsize=1)
@@ -57,104 +79,6 @@ def _library() -> tuple[ctypes.CDLL, build.Library]:
     native_attention.declare(lib)
     lib.understudy_keep_memory()
     return lib, library
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x itself where the elements of a row are adjacent, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-class NativeLinear:
-    """A packed weight; its memory is freed with it."""
-
-    __slots__ = ("__weakref__", "_call", "_dtype", "handle", "k", "n")
-
-    def __init__(self, lib: ctypes.CDLL, family: int, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        if weight.dim() != 2 or 0 in weight.shape:
-            raise ValueError(f"a linear's weight is [N, K], not {list(weight.shape)}")
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"the bias of a weight {list(weight.shape)} is [{weight.shape[0]}], not {list(bias.shape)}"
-            )
-        self.n, self.k = weight.shape
-        self._dtype = dtype
-        self._call: Callable[..., None] = lib.understudy_linear
-        w = _rows(weight.to(dtype))
-        b = None if bias is None else bias.to(dtype).contiguous()
-        self.handle: int | None = lib.understudy_linear_new(
-            family, _DTYPES[dtype], w.data_ptr(), self.n, self.k, w.stride(0), None if b is None else b.data_ptr()
-        )
-        if not self.handle:
-            raise MemoryError(f"no memory to pack a weight {list(weight.shape)}")
-        weakref.finalize(self, lib.understudy_linear_free, self.handle).atexit = False
-
-    def __call__(self, x: Tensor) -> Tensor:  # [T, K] -> [T, N]
-        t, k = x.shape
-        if k != self.k or x.dtype is not self._dtype:
-            raise ValueError(f"this linear takes [T, {self.k}] {self._dtype}, not {list(x.shape)} {x.dtype}")
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        y = torch.empty((t, self.n), dtype=self._dtype)
-        self._call(self.handle, x.data_ptr(), x.stride(0), y.data_ptr(), self.n, t)
-        return y
-
-
-class NativeSwiglu:
-    """silu(x gate^T) * (x up^T), in one pass over x."""
-
-    __slots__ = ("_call", "_dtype", "_gate", "_up", "k", "n")
-
-    def __init__(self, lib: ctypes.CDLL, gate: NativeLinear, up: NativeLinear, dtype: torch.dtype) -> None:
-        if (gate.n, gate.k) != (up.n, up.k):
-            raise ValueError(f"gate and up have one shape, not [{gate.n}, {gate.k}] and [{up.n}, {up.k}]")
-        self.n, self.k = gate.n, gate.k
-        self._gate, self._up, self._dtype = gate, up, dtype
-        self._call: Callable[..., int] = lib.understudy_swiglu
-
-    def __call__(self, x: Tensor) -> Tensor:  # [T, K] -> [T, F]
-        t, k = x.shape
-        if k != self.k or x.dtype is not self._dtype:
-            raise ValueError(f"this swiglu takes [T, {self.k}] {self._dtype}, not {list(x.shape)} {x.dtype}")
-        x = _rows(x)
-        y = torch.empty((t, self.n), dtype=self._dtype)
-        if self._call(self._gate.handle, self._up.handle, x.data_ptr(), x.stride(0), y.data_ptr(), self.n, t):
-            raise MemoryError(f"no memory for {t} rows of a feed-forward")
-        return y
-
-
-class NativeExperts:
-    """The packed experts of one layer."""
-
-    __slots__ = ("__weakref__", "_call", "_dtype", "_handle", "_linears", "hidden")
-
-    def __init__(self, lib: ctypes.CDLL, linears: list[NativeLinear], dtype: torch.dtype) -> None:
-        self._linears = linears  # gate, up, down of each expert; the handle refers to them
-        self._dtype = dtype
-        self._call: Callable[..., int] = lib.understudy_experts
-        self.hidden = linears[0].k
-        handles = (ctypes.c_void_p * len(linears))(*(linear.handle for linear in linears))
-        self._handle: int = lib.understudy_experts_new(handles, len(linears) // 3)
-        weakref.finalize(self, lib.understudy_experts_free, self._handle).atexit = False
-
-    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        t, k = ids.shape
-        if x.shape != (t, self.hidden) or x.dtype is not self._dtype or weights.shape != ids.shape:
-            raise ValueError(
-                f"experts take x [T, {self.hidden}] {self._dtype} with ids and weights [T, k], "
-                f"not {list(x.shape)} {x.dtype} with {list(ids.shape)} and {list(weights.shape)}"
-            )
-        if ids.dtype is not torch.int32 or weights.dtype is not torch.float32:
-            raise ValueError(f"experts take int32 ids and float32 weights, not {ids.dtype} and {weights.dtype}")
-        x, ids, weights = _rows(x), ids.contiguous(), weights.contiguous()
-        y = torch.empty((t, self.hidden), dtype=self._dtype)
-        status = self._call(
-            self._handle, x.data_ptr(), x.stride(0), y.data_ptr(), self.hidden, ids.data_ptr(), weights.data_ptr(), t, k
-        )
-        if status == 1:
-            raise IndexError(f"an expert's id is outside of 0 .. {len(self._linears) // 3 - 1}")
-        if status == 2:
-            raise MemoryError(f"no memory for {t * k} rows of experts")
-        return y
 
 
 class NativeOps(NativeAttention):
@@ -172,12 +96,13 @@ class NativeOps(NativeAttention):
     name = "native"
 
     def __init__(self, dtype: torch.dtype, threads: int | None = None, isa: str | None = None) -> None:
-        if dtype not in _DTYPES:
-            raise ValueError(f"native kernels compute in {', '.join(map(str, _DTYPES))}, not {dtype}")
+        if dtype not in DTYPES:
+            raise ValueError(f"native kernels compute in {', '.join(map(str, DTYPES))}, not {dtype}")
         self.dtype = dtype
         self.lib, library = _library()
         self.isa = self._choose(isa)
-        self._code, self._family = _DTYPES[dtype], _FAMILIES[self.isa]
+        self._wide: NativeOps | None = None
+        self._code, self._family = DTYPES[dtype], _FAMILIES[self.isa]
         self.numerics_id = "/".join(
             (f"native-{VERSION}", library.key, library.compiler, self.isa, str(dtype).removeprefix("torch."))
         )
@@ -205,24 +130,50 @@ class NativeOps(NativeAttention):
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> NativeLinear:
         return NativeLinear(self.lib, self._family, weight, bias, self.dtype)
 
-    def swiglu(
-        self, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None
-    ) -> NativeSwiglu:
-        return NativeSwiglu(self.lib, self.linear(gate, gate_bias), self.linear(up, up_bias), self.dtype)
+    def gated(
+        self,
+        gate: Tensor,
+        up: Tensor,
+        gate_bias: Tensor | None = None,
+        up_bias: Tensor | None = None,
+        act: str = "silu",
+    ) -> NativeGated:
+        known_act(act, GATED)
+        return NativeGated(self.lib, self.linear(gate, gate_bias), self.linear(up, up_bias), act, self.dtype)
 
-    def experts(self, gate: Sequence[Tensor], up: Sequence[Tensor], down: Sequence[Tensor]) -> NativeExperts:
+    def experts(
+        self,
+        gate: Sequence[Tensor],
+        up: Sequence[Tensor],
+        down: Sequence[Tensor],
+        biases: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]] | None = None,
+        act: str = "silu",
+    ) -> NativeExperts:
+        known_act(act, GATED)
         if not gate:
             raise ValueError("a layer of experts has at least one")
         linears = []
         f, h = gate[0].shape
-        for g, u, d in zip(gate, up, down, strict=True):
+        gates, ups, downs = biases or ([None] * len(gate),) * 3
+        for g, u, d, *bias in zip(gate, up, down, gates, ups, downs, strict=True):
             if g.shape != (f, h) or u.shape != (f, h) or d.shape != (h, f):
                 raise ValueError(
                     f"experts of [{f}, {h}] have gate, up and down of [{f}, {h}], [{f}, {h}], [{h}, {f}], "
                     f"not {list(g.shape)}, {list(u.shape)}, {list(d.shape)}"
                 )
-            linears += [self.linear(g), self.linear(u), self.linear(d)]
-        return NativeExperts(self.lib, linears, self.dtype)
+            linears += [self.linear(g, bias[0]), self.linear(u, bias[1]), self.linear(d, bias[2])]
+        return NativeExperts(self.lib, linears, act, self.dtype)
+
+    def per_head(self, weights: Sequence[Tensor]) -> NativePerHead:
+        return NativePerHead([self.linear(weight) for weight in weights])
+
+    @property
+    def wide(self) -> NativeOps:
+        if self.dtype is torch.float32:
+            return self
+        if self._wide is None:
+            self._wide = NativeOps(torch.float32)
+        return self._wide
 
     def embed(self, table: Tensor, ids: Tensor) -> Tensor:
         table, ids = table.contiguous(), ids.contiguous()
@@ -236,51 +187,91 @@ class NativeOps(NativeAttention):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         t, h = x.shape
-        x = _rows(x)
+        x, wide = adjacent(x), self._wide_weight(weight, h)
         y = torch.empty((t, h), dtype=self.dtype)
-        self.lib.understudy_rms_norm(self._code, x.data_ptr(), x.stride(0), weight.data_ptr(), y.data_ptr(), t, h, eps)
+        self.lib.understudy_rms_norm(
+            self._code, wide, x.data_ptr(), x.stride(0), weight.data_ptr(), y.data_ptr(), t, h, eps
+        )
         return y
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         t, h = x.shape
         if residual.stride(1) != 1:
             raise ValueError("the elements of a residual's row must be adjacent: it is changed in place")
-        x = _rows(x)
+        x, wide = adjacent(x), self._wide_weight(weight, h)
         y = torch.empty((t, h), dtype=self.dtype)
         self.lib.understudy_add_rms_norm(
-            self._code, x.data_ptr(), x.stride(0), residual.data_ptr(), residual.stride(0), weight.data_ptr(),
+            self._code, wide, x.data_ptr(), x.stride(0), residual.data_ptr(), residual.stride(0), weight.data_ptr(),
             y.data_ptr(), t, h, eps,
         )  # fmt: skip
         return y
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        t, width = gate_up.shape
-        x = _rows(gate_up)
-        y = torch.empty((t, width // 2), dtype=self.dtype)
-        self.lib.understudy_silu_mul(self._code, x.data_ptr(), x.stride(0), y.data_ptr(), t, width // 2)
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        t, h = x.shape
+        x, wide = adjacent(x), self._wide_weight(weight, h)
+        if bias is not None and (bias.dtype != weight.dtype or bias.shape != weight.shape or not bias.is_contiguous()):
+            raise ValueError(f"the bias is {bias.dtype} {list(bias.shape)}, and the weight {weight.dtype} [{h}]")
+        y = torch.empty((t, h), dtype=self.dtype)
+        self.lib.understudy_layer_norm(
+            self._code, wide, x.data_ptr(), x.stride(0), weight.data_ptr(), None if bias is None else bias.data_ptr(),
+            y.data_ptr(), t, h, eps,
+        )  # fmt: skip
         return y
 
-    def gate(self, logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    def _wide_weight(self, weight: Tensor, h: int) -> bool:
+        """Whether a norm's weight is float32 beside this dtype."""
+        if weight.dtype not in (self.dtype, torch.float32) or weight.shape != (h,) or not weight.is_contiguous():
+            raise ValueError(
+                f"a norm's weight is {self.dtype} or float32 [{h}], not {weight.dtype} {list(weight.shape)}"
+            )
+        return weight.dtype is torch.float32
+
+    def gated_act(self, gate_up: Tensor, act: str = "silu") -> Tensor:
+        known_act(act, GATED)
+        t, width = gate_up.shape
+        x, code = adjacent(gate_up), DTYPES[gate_up.dtype]
+        y = torch.empty((t, width // 2), dtype=x.dtype)
+        self.lib.understudy_gated_act(code, ACT_CODES[act], x.data_ptr(), x.stride(0), y.data_ptr(), t, width // 2)
+        return y
+
+    def act(self, x: Tensor, act: str) -> Tensor:
+        known_act(act, ACTS)
+        t, n = x.shape
+        x = adjacent(x)
+        y = torch.empty((t, n), dtype=x.dtype)
+        self.lib.understudy_act(DTYPES[x.dtype], ACT_CODES[act], x.data_ptr(), x.stride(0), y.data_ptr(), t, n)
+        return y
+
+    def softcap(self, x: Tensor, cap: float) -> Tensor:
+        t, n = x.shape
+        x = adjacent(x)
+        y = torch.empty((t, n), dtype=x.dtype)
+        self.lib.understudy_softcap(DTYPES[x.dtype], x.data_ptr(), x.stride(0), y.data_ptr(), t, n, cap)
+        return y
+
+    def route(self, logits: Tensor, route: Route, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         t, experts = logits.shape
-        if not 1 <= k <= experts:
-            raise ValueError(f"a token goes to 1 .. {experts} of {experts} experts, not {k}")
-        x = _rows(logits)
-        ids, weights = torch.empty((t, k), dtype=torch.int32), torch.empty((t, k), dtype=torch.float32)
-        self.lib.understudy_gate(
-            _DTYPES[x.dtype], x.data_ptr(), x.stride(0), ids.data_ptr(), weights.data_ptr(), t, experts, k, renormalize
-        )
+        check_route(route, experts, bias)
+        x = adjacent(logits)
+        bias = None if bias is None else bias.contiguous()
+        ids = torch.empty((t, route.top_k), dtype=torch.int32)
+        weights = torch.empty((t, route.top_k), dtype=torch.float32)
+        self.lib.understudy_route(
+            DTYPES[x.dtype], _route_code(route), x.data_ptr(), x.stride(0), None if bias is None else bias.data_ptr(),
+            ids.data_ptr(), weights.data_ptr(), t, experts,
+        )  # fmt: skip
         return ids, weights
 
     def logprobs(self, logits: Tensor) -> Tensor:
         s, v = logits.shape
-        x = _rows(logits)
+        x = adjacent(logits)
         y = torch.empty((s, v), dtype=torch.float32)
-        self.lib.understudy_logprobs(_DTYPES[x.dtype], x.data_ptr(), x.stride(0), y.data_ptr(), s, v)
+        self.lib.understudy_logprobs(DTYPES[x.dtype], x.data_ptr(), x.stride(0), y.data_ptr(), s, v)
         return y
 
     def argmax(self, logits: Tensor) -> Tensor:
         s, v = logits.shape
-        x = _rows(logits)
+        x = adjacent(logits)
         ids = torch.empty(s, dtype=torch.int64)
-        self.lib.understudy_argmax(_DTYPES[x.dtype], x.data_ptr(), x.stride(0), ids.data_ptr(), s, v)
+        self.lib.understudy_argmax(DTYPES[x.dtype], x.data_ptr(), x.stride(0), ids.data_ptr(), s, v)
         return ids

@@ -17,6 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from workers.model.spec import Route
+
 BLOCK = 16  # positions in a block of the KV-cache
 
 
@@ -31,13 +33,13 @@ class Linear(Protocol):
 
 
 class Experts(Protocol):
-    """The packed SwiGLU experts of one layer."""
+    """The packed gated experts of one layer."""
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Sum over slots j, in order, of weights[:, j] * expert[ids[:, j]](x).
 
         x: [T, H]; ids: int32 [T, k]; weights: float32 [T, k]; result: [T, H] in x's dtype. Each expert's gate and
-        up are rounded to x's dtype, so is silu(gate) * up; the weighted outputs are summed in float32, then rounded.
+        up are rounded to x's dtype, so is `gated` of them; the weighted outputs are summed in float32, then rounded.
         """
 
 
@@ -54,6 +56,7 @@ class Batch:
     row_start: Tensor  # int32 [S + 1]
     tables: Sequence[Tensor]  # per cache group: int32 [S, W]
     row_seq: Tensor  # int32 [T]: the sequence of each row
+    rope_rows: Tensor | None = None  # int64 [T]: rows of the rotary tables where they are not `positions`
 
 
 class KvCache(Protocol):
@@ -63,7 +66,10 @@ class KvCache(Protocol):
     bytes: int
 
     def read_block(self, layer: int, block: int) -> tuple[Tensor, Tensor]:
-        """K and V of one block in the canonical order [Hkv, P, D]. For tests, and for the store later."""
+        """K and V of one block in the canonical order [Hkv, P, D]. For tests, and for the store later.
+
+        Of a latent cache: K [1, P, D], and V its first `latent` components [1, P, latent].
+        """
 
 
 class Ops(Protocol):
@@ -76,39 +82,74 @@ class Ops(Protocol):
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """Packs a weight [N, K] (copied; the argument may be a memory-mapped view and is not kept)."""
 
-    def swiglu(
-        self, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None
+    def gated(
+        self,
+        gate: Tensor,
+        up: Tensor,
+        gate_bias: Tensor | None = None,
+        up_bias: Tensor | None = None,
+        act: str = "silu",
     ) -> Linear:
-        """Packs silu(x gate^T) * (x up^T) as one call [T, H] -> [T, F]; gate and up are [F, H].
+        """Packs the gated half of a feed-forward as one call [T, H] -> [T, F]; gate and up are [F, H].
 
-        Both are rounded to the dtype, then multiplied as by `silu_mul`.
+        Both products are rounded to the dtype; then, in float32 and rounded once:
+        silu, gelu, gelu_tanh, relu: act(gate) * up;
+        clamped (gpt-oss): g = min(gate, 7), u = clamp(up, -7, 7): g * sigmoid(1.702 g) * (u + 1).
         """
 
-    def experts(self, gate: Sequence[Tensor], up: Sequence[Tensor], down: Sequence[Tensor]) -> Experts:
-        """Packs E experts: gate and up are [F, H] each, down is [H, F]."""
+    def experts(
+        self,
+        gate: Sequence[Tensor],
+        up: Sequence[Tensor],
+        down: Sequence[Tensor],
+        biases: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]] | None = None,
+        act: str = "silu",
+    ) -> Experts:
+        """Packs E experts: gate and up are [F, H] each, down is [H, F]; `biases` of gate, up, down; act of `gated`."""
+
+    def per_head(self, weights: Sequence[Tensor]) -> Linear:
+        """Packs G weights [N, K]: head g of x takes the g-th. x: [T, G K] -> [T, G N], as `linear` for each."""
+
+    @property
+    def wide(self) -> Ops:
+        """The same kernels in float32: self where the dtype is float32. For gates that compute in float32."""
 
     def embed(self, table: Tensor, ids: Tensor) -> Tensor:
         """Rows of `table` [V, H] by int64 ids [T] -> [T, H]."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """weight * (x / sqrt(mean(x^2) + eps)).to(dtype): statistics in float32. [T, H] -> [T, H]"""
+        """weight * (x / sqrt(mean(x^2) + eps)).to(dtype): statistics in float32. [T, H] -> [T, H]
+
+        A weight of float32 where the dtype is not: the product is taken in float32 and rounded once.
+        """
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """residual += x (rounded to the dtype, in place); then rms_norm(residual). [T, H] each."""
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up of rows [gate | up]; silu in float32, rounded once. [T, 2F] -> [T, F]"""
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        """(x - mean) / sqrt(var + eps) * weight + bias in float32, rounded once. [T, H] -> [T, H]"""
 
-    def gate(self, logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-        """Softmax over experts in float32, the k likeliest (ties: the lower id first), likeliest first.
+    def gated_act(self, gate_up: Tensor, act: str = "silu") -> Tensor:
+        """The elementwise part of `gated`, of rows [gate | up]. [T, 2F] -> [T, F]"""
 
-        logits [T, E] -> ids int32 [T, k], weights float32 [T, k], which sum to 1 when `renormalize`.
+    def act(self, x: Tensor, act: str) -> Tensor:
+        """silu, gelu, gelu_tanh or relu in float32, rounded once. [T, F] -> [T, F]"""
+
+    def softcap(self, x: Tensor, cap: float) -> Tensor:
+        """cap * tanh(x / cap) in float32, rounded once. [S, V] -> [S, V]"""
+
+    def route(self, logits: Tensor, route: Route, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Chooses experts as `workers.model.spec.Route` says, in float32; `bias` float32 [E] where route.bias.
+
+        logits [T, E] -> ids int32 [T, k], weights float32 [T, k]. Slots are in the order of the choice: best score
+        first, ties by the lower id.
         """
 
-    def cache(self, layers: int, blocks: int, kv_heads: int, head_dim: int) -> KvCache: ...
+    def cache(self, layers: int, blocks: int, kv_heads: int, head_dim: int, latent: int | None = None) -> KvCache:
+        """Room for keys and values. `latent`: for keys alone, whose first `latent` components are the values."""
 
-    def cache_block_bytes(self, layers: int, kv_heads: int, head_dim: int) -> int:
-        """Bytes of one block over all layers."""
+    def cache_block_bytes(self, layers: int, kv_heads: int, head_dim: int, latent: int | None = None) -> int:
+        """Bytes of one block over all layers; of a latent cache 16 * head_dim elements per layer, no more."""
 
     def rope_write(
         self,
@@ -117,8 +158,8 @@ class Ops(Protocol):
         q_norm: Tensor | None,
         k_norm: Tensor | None,
         eps: float,
-        cos: Tensor,
-        sin: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
         cache: KvCache,
         layer: int,
         batch: Batch,
@@ -126,17 +167,47 @@ class Ops(Protocol):
     ) -> Tensor:
         """Norms q and k per head (where weights [D] are given), rotates them, writes k and v into the cache.
 
-        qkv: [T, (Hq + 2 Hkv) D] as q | k | v; heads = (Hq, Hkv); cos, sin: float32 [max_context, D / 2] tables
-        indexed by position, rotation of halves: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), in float32, rounded
-        once. Returns q: [T, Hq, D].
+        qkv: [T, (Hq + 2 Hkv) D] as q | k | v; heads = (Hq, Hkv); cos, sin: float32 [positions, R / 2] tables indexed by
+        position (`batch.rope_rows` where it is given), R <= D even; None: nothing is rotated. Rotation of halves of
+        the first R components: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), in float32, rounded once; the others
+        stay. Returns q: [T, Hq, D].
+        """
+
+    def latent_write(
+        self,
+        q_rope: Tensor,
+        k_rope: Tensor,
+        latent: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KvCache,
+        layer: int,
+        batch: Batch,
+        group: int,
+    ) -> Tensor:
+        """Writes the keys [latent | rotated k_rope] of a latent cache.
+
+        q_rope: [T, Hq, R]; k_rope: [T, R]; latent: [T, L], already normed; L + R is the cache's head size. Returns
+        q_rope rotated: [T, Hq, R].
         """
 
     def attend(
-        self, q: Tensor, cache: KvCache, layer: int, batch: Batch, group: int, scale: float, window: int | None
+        self,
+        q: Tensor,
+        cache: KvCache,
+        layer: int,
+        batch: Batch,
+        group: int,
+        scale: float,
+        window: int | None,
+        sinks: Tensor | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
-        """Causal attention of q [T, Hq, D] over the cache -> [T, Hq * D].
+        """Causal attention of q [T, Hq, D] over the cache -> [T, Hq * Dv]; Dv is D, or the latent part of it.
 
         A row at position p sees positions max(0, p - window + 1) .. p. Sums begin at absolute block boundaries.
+        `softcap`: scores (already scaled) become cap * tanh(score / cap). `sinks`: float32 [Hq], a score per head
+        that joins the softmax and has no value.
         """
 
     def argmax(self, logits: Tensor) -> Tensor:

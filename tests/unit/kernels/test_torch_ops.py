@@ -18,7 +18,9 @@ from workers.kernels import build
 from workers.kernels.choose import make_ops
 from workers.kernels.cuda import CudaOps
 from workers.kernels.ops import BLOCK, Batch
-from workers.kernels.plain import PlainOps, alike_sizes, in_calls_of
+from workers.kernels.plain import PlainOps
+from workers.kernels.plain_linear import alike_sizes, in_calls_of
+from workers.model.spec import Route
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
@@ -125,13 +127,13 @@ def test_rows_of_the_small_operations_are_blind(kind: str, dtype: torch.dtype) -
             for seed, shape in ((2, (20, 66)), (9, (20, 66)), (20, (66, 20)))
         )
     )
-    ids, weights = ops.gate(random(40, 5, seed=3).to(dtype), 3, True)
+    ids, weights = ops.route(random(40, 5, seed=3).to(dtype), Route(3))
     operations: dict[str, Any] = {
         "rms_norm": lambda rows: ops.rms_norm(x[rows], weight, 1e-5),
         "add_rms_norm": lambda rows: ops.add_rms_norm(x[rows], x[rows].flip(1), weight, 1e-5),
-        "silu_mul": lambda rows: ops.silu_mul(x[rows]),
+        "gated_act": lambda rows: ops.gated_act(x[rows]),
         "logprobs": lambda rows: ops.logprobs(x[rows]),
-        "gate": lambda rows: torch.cat(ops.gate(x[rows], 7, False), 1),
+        "route": lambda rows: torch.cat(ops.route(x[rows], Route(7, renormalize=False)), 1),
         "experts": lambda rows: experts(x[rows], ids[rows], weights[rows]),
     }
     for name, operation in operations.items():
@@ -152,14 +154,14 @@ def test_small_operations_mean_what_they_say(kind: str) -> None:
     assert torch.equal(residual, total)
     assert torch.equal(got, ops.rms_norm(total, weight, 1e-5))
     silu = d[:, :6] / (1 + torch.exp(-d[:, :6])) * d[:, 6:]
-    torch.testing.assert_close(ops.silu_mul(x).double(), silu, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ops.gated_act(x).double(), silu, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ops.logprobs(x).double(), torch.log_softmax(d, -1), rtol=1e-5, atol=1e-6)
     assert torch.equal(ops.embed(x, torch.tensor([3, 3, 0])), x[[3, 3, 0]])
 
 
 @pytest.mark.parametrize("kind", ["plain", "cuda"])
 def test_ties_of_the_gate_go_to_the_lower_id(kind: str) -> None:
-    ids, weights = make(kind, torch.float32).gate(torch.tensor([[0.0, 1.0, 1.0, -1.0, 1.0]]), 4, True)
+    ids, weights = make(kind, torch.float32).route(torch.tensor([[0.0, 1.0, 1.0, -1.0, 1.0]]), Route(4))
     assert ids.tolist() == [[1, 2, 4, 0]]
     assert ids.dtype == torch.int32
     torch.testing.assert_close(weights.sum(), torch.tensor(1.0))

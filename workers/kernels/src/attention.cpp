@@ -22,8 +22,12 @@ struct Step {
   const int32_t *row_start, *table;
   long sequences, width, heads, kv_heads, D, window;
   float scale;
+  const float *sinks;  // [heads], or null
+  float softcap;       // 0: none
+  long latent;         // components of a value where pages hold keys alone, else 0
   int dtype;
   Walk walk;
+  long L() const { return latent ? latent : D; }
   long first_visible(long position) const { return window ? std::max(0L, position - window + 1) : 0; }
 };
 
@@ -76,22 +80,25 @@ __attribute__((noinline)) void finish(const Tile &t, State st) {
   for (long i = 0; i < t.n; i++) {
     float sum = 0;
     for (int j = 0; j < 16; j++) sum += st.l[i * 16 + j];
+    if (t.sinks) sum += exp2(std::min(t.rows[i].sink - st.m[i] * t.scale, 127.f));
     float inverse = 1.f / sum;
-    for (long d = 0; d < t.D; d++) store_as(t.dtype, t.rows[i].out, d, st.acc[i * t.Dv + d] * inverse + 0.f);  // never -0
+    for (long d = 0; d < t.L; d++) store_as(t.dtype, t.rows[i].out, d, st.acc[i * t.Dv + d] * inverse + 0.f);  // never -0
   }
 }
 
 Tile tile_of(const Step &s, const Item &item, std::vector<Row> &rows) {
-  const long rep = s.heads / s.kv_heads, bytes = s.D * element(s.dtype);
+  const long rep = s.heads / s.kv_heads, bytes = element(s.dtype);
+  constexpr float log2e = 1.44269504f;
   rows.clear();
   for (long t = item.begin; t < item.end; t++)
     for (long h = item.kv_head * rep; h < (item.kv_head + 1) * rep; h++) {
       long at = (t * s.heads + h) * bytes;
-      rows.push_back({s.q + at, s.out + at, s.first_visible(s.positions[t]), long(s.positions[t])});
+      rows.push_back({s.q + at * s.D, s.out + at * s.L(), s.first_visible(s.positions[t]), long(s.positions[t]), s.sinks ? s.sinks[h] * log2e : 0.f});
     }
-  const long page = page_bytes(s.D, s.dtype);
+  const long page = page_bytes(s.D, s.latent != 0, s.dtype);
   return {rows.data(), long(rows.size()), s.layer + item.kv_head * page, s.table + item.sequence * s.width,
-          s.kv_heads * page, s.D, round_up(s.D, 16), s.scale * 1.44269504f, s.dtype};
+          s.kv_heads * page, s.D, s.L(), round_up(s.L(), 16), s.latent != 0, s.sinks != nullptr,
+          (s.softcap != 0 ? s.softcap : s.scale) * log2e, s.softcap != 0 ? s.scale / s.softcap : 0.f, s.dtype};
 }
 
 void run(const Step &s, const Item &item, std::unique_ptr<Job[]> &jobs, float *partials) {
@@ -153,7 +160,7 @@ std::vector<Item> split(const Step &s, const std::vector<Item> &tiles, std::uniq
     jobs[job].count = count;
     jobs[job].missing.store(count, std::memory_order_relaxed);
     long rows = (tile.end - tile.begin) * (s.heads / s.kv_heads);
-    offset += count * round_up(State::floats(rows, round_up(s.D, 16)), 16);
+    offset += count * round_up(State::floats(rows, round_up(s.L(), 16)), 16);
     for (long g = tile.segment; g < tile.segments_end; g++) {
       items.push_back({tile.sequence, tile.kv_head, tile.begin, tile.end, g, g + 1, job});
     }
@@ -163,14 +170,15 @@ std::vector<Item> split(const Step &s, const std::vector<Item> &tiles, std::uniq
   return items;
 }
 
-Walk walk_of(int isa, int dtype) {
+// Latents of AMX take the walk of AVX-512: tiles know pages of K and V only.
+Walk walk_of(int isa, int dtype, bool latent) {
 #ifdef UNDERSTUDY_ATTENTION_AMX
-  if (dtype == kBFloat16 && isa == kAmx) return walk_amx;
+  if (dtype == kBFloat16 && isa == kAmx && !latent) return walk_amx;
 #endif
 #ifdef __AVX512BF16__
   if (dtype == kBFloat16 && isa != kGeneric) return walk_avx512bf16;
 #endif
-  (void)isa, (void)dtype;
+  (void)isa, (void)dtype, (void)latent;
   return walk_generic;
 }
 
@@ -181,14 +189,16 @@ using namespace understudy::attention;
 
 extern "C" {
 
-// Bytes of one page: 16 positions of one KV head, K and V.
-long attention_page_bytes(long D, int dtype) { return page_bytes(D, dtype); }
+// Bytes of one page: 16 positions of one KV head, K and V; of latents K alone.
+long attention_page_bytes(long D, int latent, int dtype) { return page_bytes(D, latent != 0, dtype); }
 
-// q, out [T, heads, D]; layer: its pages; table int32 [sequences, width]; window 0: none.
+// q [T, heads, D], out [T, heads, L]; layer: its pages; table int32 [sequences, width]; window 0: none. latent 0: pages hold K and V, and L is
+// D; else L. sinks float32 [heads] or null. softcap 0: none.
 void attention(const void *q, void *out, const void *layer, const int64_t *positions, const int32_t *row_start, const int32_t *table,
-               long sequences, long width, long heads, long kv_heads, long D, long window, float scale, int dtype, int isa) {
+               long sequences, long width, long heads, long kv_heads, long D, long window, float scale, const float *sinks,
+               float softcap, long latent, int dtype, int isa) {
   Step s{static_cast<const uint8_t *>(q), static_cast<uint8_t *>(out), static_cast<const uint8_t *>(layer), positions, row_start, table,
-         sequences, width, heads, kv_heads, D, window, scale, dtype, walk_of(isa, dtype)};
+         sequences, width, heads, kv_heads, D, window, scale, sinks, softcap, latent, dtype, walk_of(isa, dtype, latent != 0)};
   thread_local Scratch partials;
   std::vector<Item> items = cut(s);
   std::unique_ptr<Job[]> jobs;

@@ -3,6 +3,8 @@
 // A page holds 16 positions of one KV head, K first, then V. U = 2 for bf16 and 1 for other types, Dv = D rounded up to 16:
 //   K [D / U][16][U]    a lane per position, the values that one multiply-add takes side by side
 //   V [16 / U][Dv][U]   a lane per component
+// A page of latents is K alone, with one KV head: its first components are the values, which a walk copies into the form of V once for a tile
+// of rows.
 // A cache is [layer][block][KV head][page].
 //
 // The order of summation, the same for every row wherever it is computed: positions in segments of 64 blocks, each with a softmax of its
@@ -28,13 +30,26 @@ enum Isa : int { kGeneric = 0, kAvx512Bf16 = 1, kAmx = 2 };
 inline long round_up(long x, long to) { return (x + to - 1) / to * to; }
 inline long element(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 inline long k_bytes(long D, int dtype) { return D * kBlock * element(dtype); }
-inline long page_bytes(long D, int dtype) { return k_bytes(D, dtype) + round_up(D, 16) * kBlock * element(dtype); }
+inline long page_bytes(long D, bool latent, int dtype) { return k_bytes(D, dtype) + (latent ? 0 : round_up(D, 16) * kBlock * element(dtype)); }
+inline long unit_of(int dtype) { return dtype == kBFloat16 ? 2 : 1; }
+inline long k_index(long d, long position, long unit) { return (d / unit * kBlock + position) * unit + d % unit; }
+inline long v_index(long d, long position, long Dv, long unit) { return (position / unit * Dv + d) * unit + position % unit; }
+
+// The values of a page of latents, in the form of V: L components from k [D / U][16][U] to v [16 / U][Dv][U].
+template <class T> void latent_values(const T *k, T *v, long L, long Dv, long unit) {
+  for (long p = 0; p < kBlock; p++) {
+    T *to = v + v_index(0, p, Dv, unit);
+    for (long d = 0; d < L; d++) to[d * unit] = k[k_index(d, p, unit)];
+    for (long d = L; d < Dv; d++) to[d * unit] = T{};
+  }
+}
 
 // A query head at one position: sees positions [first, last].
 struct Row {
   const void *q;
   void *out;
   long first, last;
+  float sink;  // a score that takes weight and has no value, times log2 e; where `Tile::sinks`
 };
 
 // Rows of one sequence and one KV head, positions ascending, and the pages that they see.
@@ -44,8 +59,10 @@ struct Tile {
   const uint8_t *pages;  // of block 0
   const int32_t *table;
   long stride;  // bytes from block to block
-  long D, Dv;
-  float scale;  // times log2 e
+  long D, L, Dv;  // components of a key and of a value; the latter rounded up to 16
+  bool latent, sinks;
+  float scale;  // of scores, times log2 e
+  float cap;    // q . k becomes tanh(cap * (q . k)) before that; 0: it stays
   int dtype;
   const uint8_t *page(long block) const { return pages + table[block] * stride; }
 };

@@ -168,7 +168,7 @@ void group(const Tile &t, long at, long m, long span, long lo, long hi, const ui
     }
     std::fill(p + j0 * 16, p + b0 * 8, 0);
     std::fill(p + b1 * 8, p + j1 * 16, 0);
-    softmax<Pairs>(memory.s + i * kPositions, p, from, to, t.scale, st.m + at + i, st.l + (at + i) * 16, st.acc + (at + i) * t.Dv, t.Dv);
+    softmax<Pairs>(memory.s + i * kPositions, p, from, to, t.scale, t.cap, st.m + at + i, st.l + (at + i) * 16, st.acc + (at + i) * t.Dv, t.Dv);
   }
   fence();
   weigh(memory.p, memory.v, j0, j1, st.acc + at * t.Dv, t.Dv);

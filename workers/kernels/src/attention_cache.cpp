@@ -9,12 +9,9 @@
 namespace understudy::attention {
 namespace {
 
-long unit_of(int dtype) { return dtype == kBFloat16 ? 2 : 1; }
-long k_index(long d, long position, long unit) { return (d / unit * kBlock + position) * unit + d % unit; }
-long v_index(long d, long position, long Dv, long unit) { return (position / unit * Dv + d) * unit + position % unit; }
-
-// x * factor, rounded to the dtype, times weight, rounded again: what Hugging Face models compute.
-void norm(float *x, const void *weight, float eps, long D, int dtype) {
+// x * factor, rounded to the dtype, times weight, rounded again: what Hugging Face models compute. `wide`: the weight is float32, and the
+// product alone is rounded.
+void norm(float *x, const void *weight, bool wide, float eps, long D, int dtype) {
   float lanes[16] = {};
   for (long d = 0; d < D; d++) lanes[d % 16] += x[d] * x[d];
   float sum = 0;
@@ -24,7 +21,8 @@ void norm(float *x, const void *weight, float eps, long D, int dtype) {
     if (dtype == kBFloat16) return from_bf16(to_bf16(y));
     return dtype == kFloat16 ? from_f16(to_f16(y)) : y;
   };
-  for (long d = 0; d < D; d++) x[d] = rounded(rounded(x[d] * factor) * load_as(dtype, weight, d));
+  for (long d = 0; d < D; d++)
+    x[d] = wide ? rounded(x[d] * factor * load_as(kFloat32, weight, d)) : rounded(rounded(x[d] * factor) * load_as(dtype, weight, d));
 }
 
 // (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) of the two halves.
@@ -49,11 +47,23 @@ void rotate_bf16(const bf16 *x, bf16 *y, const float *cos, const float *sin, lon
   }
 }
 
+// One head without a norm: the first 2 * half of D components rotated, the others as they are. `x` has room for D.
+template <class T> void turn(const T *from, T *to, const float *cos, const float *sin, long half, long D, int dtype, float *x) {
+  std::memcpy(to + 2 * half, from + 2 * half, static_cast<size_t>(D - 2 * half) * sizeof(T));
+  if (dtype == kBFloat16 && half % LANES == 0) return rotate_bf16(reinterpret_cast<const bf16 *>(from), reinterpret_cast<bf16 *>(to), cos, sin, half);
+  for (long d = 0; d < 2 * half; d++) x[d] = load_as(dtype, from, d);
+  rotate(x, cos, sin, half);
+  for (long d = 0; d < 2 * half; d++) to[d] = as<T>(x[d], dtype);
+}
+
+// A step's rows and where they go. cos, sin: [.., R / 2] by `rope`, the row of the tables of each row.
 struct Write {
   const void *qkv, *q_norm, *k_norm;
+  bool q_wide, k_wide;  // the norm's weight is float32
   void *q, *layer;
   const float *cos, *sin;
-  const int64_t *positions;
+  long R;
+  const int64_t *rope, *positions;
   const int32_t *row_seq, *table;
   long width, heads, kv_heads, D;
   float eps;
@@ -62,24 +72,23 @@ struct Write {
 
 // `x` has room for 2 D.
 template <class T> void write_row(const Write &w, long t, float *x) {
-  const long D = w.D, Dv = round_up(D, 16), half = D / 2, unit = unit_of(w.dtype), page = page_bytes(D, w.dtype);
+  const long D = w.D, Dv = round_up(D, 16), half = w.R / 2, unit = unit_of(w.dtype), page = page_bytes(D, false, w.dtype);
   const long position = w.positions[t], slot = position % kBlock;
   const T *row = static_cast<const T *>(w.qkv) + t * (w.heads + 2 * w.kv_heads) * D;
-  const float *cos = w.cos + position * half, *sin = w.sin + position * half;
-  const bool vectors = w.dtype == kBFloat16 && half % LANES == 0;
-  auto prepare = [&](long head, const void *weight, T *to) {
-    if (vectors && !weight) return rotate_bf16(reinterpret_cast<const bf16 *>(row + head * D), reinterpret_cast<bf16 *>(to), cos, sin, half);
+  const float *cos = half ? w.cos + w.rope[t] * half : nullptr, *sin = half ? w.sin + w.rope[t] * half : nullptr;
+  auto prepare = [&](long head, const void *weight, bool wide, T *to) {
+    if (!weight) return turn(row + head * D, to, cos, sin, half, D, w.dtype, x);
     for (long d = 0; d < D; d++) x[d] = load_as(w.dtype, row, head * D + d);
-    if (weight) norm(x, weight, w.eps, D, w.dtype);
+    norm(x, weight, wide, w.eps, D, w.dtype);
     rotate(x, cos, sin, half);
     for (long d = 0; d < D; d++) to[d] = as<T>(x[d], w.dtype);
   };
-  for (long h = 0; h < w.heads; h++) prepare(h, w.q_norm, static_cast<T *>(w.q) + (t * w.heads + h) * D);
+  for (long h = 0; h < w.heads; h++) prepare(h, w.q_norm, w.q_wide, static_cast<T *>(w.q) + (t * w.heads + h) * D);
   const long block = w.table[w.row_seq[t] * w.width + position / kBlock];
   T *key = reinterpret_cast<T *>(x + D);
   for (long g = 0; g < w.kv_heads; g++) {
     T *k = reinterpret_cast<T *>(static_cast<uint8_t *>(w.layer) + (block * w.kv_heads + g) * page), *v = k + D * kBlock;
-    prepare(w.heads + g, w.k_norm, key);
+    prepare(w.heads + g, w.k_norm, w.k_wide, key);
     const T *value = row + (w.heads + w.kv_heads + g) * D;
     T *k_at = k + k_index(0, slot, unit), *v_at = v + v_index(0, slot, Dv, unit);
     for (long d = 0; d < D; d += unit) std::memcpy(k_at + d * kBlock, key + d, static_cast<size_t>(unit) * sizeof(T));
@@ -87,24 +96,48 @@ template <class T> void write_row(const Write &w, long t, float *x) {
   }
 }
 
-// One head's page from or to [16][D], K then V.
+// A step's rows of latents: q_rope [T, heads, R], k_rope [T, R], latent [T, L].
+struct LatentWrite {
+  const void *q_rope, *k_rope, *latent;
+  void *q, *layer;
+  const float *cos, *sin;
+  const int64_t *rope, *positions;
+  const int32_t *row_seq, *table;
+  long width, heads, R, L;
+  int dtype;
+};
+
+// `x` has room for 2 R.
+template <class T> void write_latent_row(const LatentWrite &w, long t, float *x) {
+  const long D = w.L + w.R, half = w.R / 2, unit = unit_of(w.dtype), position = w.positions[t];
+  const float *cos = w.cos + w.rope[t] * half, *sin = w.sin + w.rope[t] * half;
+  for (long h = 0; h < w.heads; h++) {
+    const long at = (t * w.heads + h) * w.R;
+    turn(static_cast<const T *>(w.q_rope) + at, static_cast<T *>(w.q) + at, cos, sin, half, w.R, w.dtype, x);
+  }
+  T *key = reinterpret_cast<T *>(x + w.R);
+  turn(static_cast<const T *>(w.k_rope) + t * w.R, key, cos, sin, half, w.R, w.dtype, x);
+  const long block = w.table[w.row_seq[t] * w.width + position / kBlock];
+  T *page = reinterpret_cast<T *>(static_cast<uint8_t *>(w.layer) + block * page_bytes(D, true, w.dtype));
+  const T *latent = static_cast<const T *>(w.latent) + t * w.L;
+  for (long d = 0; d < D; d++) page[k_index(d, position % kBlock, unit)] = d < w.L ? latent[d] : key[d - w.L];
+}
+
+// One head's page from or to [16][D], K then V (null where the page has none).
 template <class T> void copy_page(T *page, T *k, T *v, long D, long unit, bool store) {
   const long Dv = round_up(D, 16);
   for (long p = 0; p < kBlock; p++)
     for (long d = 0; d < D; d++) {
-      T &kp = page[k_index(d, p, unit)], &vp = page[D * kBlock + v_index(d, p, Dv, unit)];
-      T &kc = k[p * D + d], &vc = v[p * D + d];
-      if (store)
-        kp = kc, vp = vc;
-      else
-        kc = kp, vc = vp;
+      const auto copy = [&](T &inside, T &outside) { store ? inside = outside : outside = inside; };
+      copy(page[k_index(d, p, unit)], k[p * D + d]);
+      if (v) copy(page[D * kBlock + v_index(d, p, Dv, unit)], v[p * D + d]);
     }
 }
 
 template <class T> void copy_block(uint8_t *block, T *k, T *v, long kv_heads, long D, int dtype, bool store) {
   for (long g = 0; g < kv_heads; g++) {
-    T *page = reinterpret_cast<T *>(block + g * page_bytes(D, dtype));
-    copy_page(page, k + g * kBlock * D, v + g * kBlock * D, D, unit_of(dtype), store);
+    T *page = reinterpret_cast<T *>(block + g * page_bytes(D, !v, dtype));
+    copy_page(page, k + g * kBlock * D, v ? v + g * kBlock * D : nullptr, D, unit_of(dtype), store);
   }
 }
 
@@ -116,11 +149,12 @@ using namespace understudy::attention;
 extern "C" {
 
 // qkv [rows, (heads + 2 kv_heads) D] -> q [rows, heads, D]; k and v go to the pages of `layer` at each row's position.
-// cos, sin: float32 [context, D / 2]; norms: [D] in the dtype, or null.
-void attention_write(const void *qkv, void *q, void *layer, const void *q_norm, const void *k_norm, float eps, const float *cos,
-                     const float *sin, const int64_t *positions, const int32_t *row_seq, const int32_t *table, long rows, long width,
-                     long heads, long kv_heads, long D, int dtype) {
-  Write w{qkv, q_norm, k_norm, q, layer, cos, sin, positions, row_seq, table, width, heads, kv_heads, D, eps, dtype};
+// cos, sin: float32 [.., R / 2], of which row i takes row rope[i]; R = 0: nothing is rotated. norms: [D], or null; in the dtype or, where
+// that is `wide`, in float32.
+void attention_write(const void *qkv, void *q, void *layer, const void *q_norm, const void *k_norm, int q_wide, int k_wide, float eps,
+                     const float *cos, const float *sin, long R, const int64_t *rope, const int64_t *positions, const int32_t *row_seq,
+                     const int32_t *table, long rows, long width, long heads, long kv_heads, long D, int dtype) {
+  Write w{qkv, q_norm, k_norm, q_wide != 0, k_wide != 0, q, layer, cos, sin, R, rope, positions, row_seq, table, width, heads, kv_heads, D, eps, dtype};
   // A line of a K page holds all its positions: a prompt's pieces take whole blocks, or two threads would write the same lines.
   understudy::parallel(rows, rows >= 64 ? 2 * kBlock : 4, [&](long begin, long end) {
     thread_local Scratch scratch;
@@ -134,7 +168,24 @@ void attention_write(const void *qkv, void *q, void *layer, const void *q_norm, 
   });
 }
 
-// One block of one layer to (store = 0) or from (store = 1) k and v in the order [kv_heads, 16, D].
+// q_rope [rows, heads, R] -> q, rotated; [latent [rows, L] | rotated k_rope [rows, R]] go to the pages of `layer`.
+void attention_write_latent(const void *q_rope, const void *k_rope, const void *latent, void *q, void *layer, const float *cos, const float *sin,
+                            const int64_t *rope, const int64_t *positions, const int32_t *row_seq, const int32_t *table, long rows, long width,
+                            long heads, long R, long L, int dtype) {
+  LatentWrite w{q_rope, k_rope, latent, q, layer, cos, sin, rope, positions, row_seq, table, width, heads, R, L, dtype};
+  understudy::parallel(rows, rows >= 64 ? 2 * kBlock : 4, [&](long begin, long end) {
+    thread_local Scratch scratch;
+    float *x = scratch.get<float>(2 * R);
+    for (long t = begin; t < end; t++) {
+      if (dtype == kFloat32)
+        write_latent_row<float>(w, t, x);
+      else
+        write_latent_row<uint16_t>(w, t, x);
+    }
+  });
+}
+
+// One block of one layer to (store = 0) or from (store = 1) k and v in the order [kv_heads, 16, D]; of latents v is null.
 void attention_copy_block(void *block, void *k, void *v, long kv_heads, long D, int dtype, int store) {
   uint8_t *at = static_cast<uint8_t *>(block);
   if (dtype == kFloat32)

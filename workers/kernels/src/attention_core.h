@@ -8,6 +8,9 @@
 
 namespace understudy::attention {
 
+// Each s becomes tanh(cap * s).
+void cap_scores(float *s, const float *end, float cap);
+
 constexpr int kRows = 4;                                                       // rows that share loads
 constexpr int kColumns = kRegs == 1 ? 4 : 1;                                   // vectors of 16 components at once
 
@@ -47,7 +50,8 @@ __attribute__((noinline)) void softmax_of(float *s, typename Core::Word *p, long
   sum.store(l);
 }
 template <class Core>
-inline void softmax(float *s, typename Core::Word *p, long lo, long hi, float scale, float *m, float *l, float *acc, long Dv) {
+inline void softmax(float *s, typename Core::Word *p, long lo, long hi, float scale, float cap, float *m, float *l, float *acc, long Dv) {
+  if (cap != 0) cap_scores(s + lo / kBlock * kBlock, s + round_up(hi, kBlock), cap);
   if (lo == 0 && hi == kPositions)
     softmax_of<Core, true>(s, p, lo, hi, scale, m, l, acc, Dv);
   else
@@ -132,7 +136,7 @@ void group(const Tile &t, long at, const typename Core::Word *const *q, long spa
   long full0 = 0, full1 = kSpan;  // blocks that every row sees whole
   for (int i = 0; i < R; i++) {
     acc[i] = st.acc + (at + i) * t.Dv;
-    if (lo[i] < hi[i]) softmax<Core>(s[i], p[i], lo[i], hi[i], t.scale, st.m + at + i, st.l + (at + i) * 16, acc[i], t.Dv);
+    if (lo[i] < hi[i]) softmax<Core>(s[i], p[i], lo[i], hi[i], t.scale, t.cap, st.m + at + i, st.l + (at + i) * 16, acc[i], t.Dv);
     full0 = std::max(full0, (lo[i] + kBlock - 1) / kBlock);
     full1 = std::min(full1, hi[i] / kBlock);
   }

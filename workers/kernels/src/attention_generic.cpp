@@ -49,11 +49,16 @@ void walk_generic(const Tile &t, long begin, long end, State st) {
   thread_local std::vector<const float *> q;
   q.resize(t.n);
   const long vk = k_bytes(t.D, t.dtype);
+  const long values = t.Dv * kBlock;
   if (t.dtype == kFloat32) {
+    float *copy = t.latent ? pages.get<float>(kSpan * values) : nullptr;
     for (long i = 0; i < t.n; i++) q[i] = static_cast<const float *>(t.rows[i].q);
-    walk<Float>(t, q.data(), begin, end, st, [&](long, long block, const float **k, const float **v) {
+    walk<Float>(t, q.data(), begin, end, st, [&](long b, long block, const float **k, const float **v) {
       *k = reinterpret_cast<const float *>(t.page(block));
       *v = reinterpret_cast<const float *>(t.page(block) + vk);
+      if (!copy) return;
+      latent_values(*k, copy + b * values, t.L, t.Dv, 1);
+      *v = copy + b * values;
     });
     return;
   }
@@ -68,11 +73,12 @@ void walk_generic(const Tile &t, long begin, long end, State st) {
     const uint16_t *page = reinterpret_cast<const uint16_t *>(t.page(block));
     float *to = wide + b * each;
     if (t.dtype == kFloat16) {
-      widen_half(page, to, each);
+      widen_half(page, to, t.latent ? t.D * kBlock : each);
     } else {
       widen_pairs(page, to, t.D / 2, kBlock);
-      widen_pairs(page + t.D * kBlock, to + t.D * kBlock, kBlock / 2, t.Dv);
+      if (!t.latent) widen_pairs(page + t.D * kBlock, to + t.D * kBlock, kBlock / 2, t.Dv);
     }
+    if (t.latent) latent_values(to, to + t.D * kBlock, t.L, t.Dv, 1);
     *k = to;
     *v = to + t.D * kBlock;
   });

@@ -1,17 +1,18 @@
-// The SwiGLU experts of one layer. Rows are sorted by expert, so that each chosen expert's weights are read once and no other's at all;
-// gate and up with silu between, then down, then every row's weighted outputs are added in the order of its slots.
+// The gated experts of one layer. Rows are sorted by expert, so that each chosen expert's weights are read once and no other's at all;
+// gate and up with the activation between, then down, then every row's weighted outputs are added in the order of its slots.
 #include <algorithm>
 #include <cstdlib>
 #include <vector>
 
 #include "linear.h"
 #include "pool.h"
-#include "swiglu.h"
+#include "gated.h"
 
 namespace understudy {
 
 struct Experts {
     std::vector<Linear *> gate, up, down;
+    int act;
 };
 
 namespace {
@@ -77,7 +78,7 @@ bool run(const Experts &experts, const void *x, long x_stride, void *y, long y_s
         kernels.multiply(*experts.up[e], Rows{input + row * row_h, h, up + row * row_f, f, m}, begin, end);
         const long column = begin * first.width;
         T *gates = reinterpret_cast<T *>(gate + row * row_f) + column;
-        silu_mul(gates, reinterpret_cast<const T *>(up + row * row_f) + column, f, gates, f, m, std::min(end * first.width, f) - column);
+        gated_rows(experts.act, gates, reinterpret_cast<const T *>(up + row * row_f) + column, f, gates, f, m, std::min(end * first.width, f) - column);
     });
     each_chosen(experts.down, order, [&](long e, long begin, long end) {
         const long row = order.start[e], m = order.start[e + 1] - row;
@@ -96,8 +97,9 @@ bool run(const Experts &experts, const void *x, long x_stride, void *y, long y_s
 using namespace understudy;
 
 // `linears`: gate, up and down of each expert, 3 * count of them, which stay the caller's.
-extern "C" Experts *understudy_experts_new(Linear *const *linears, long count) {
+extern "C" Experts *understudy_experts_new(Linear *const *linears, long count, int act) {
     Experts *experts = new Experts;
+    experts->act = act;
     for (long e = 0; e < count; e++) {
         experts->gate.push_back(linears[3 * e]);
         experts->up.push_back(linears[3 * e + 1]);

@@ -1,6 +1,6 @@
-// silu(x G^T) * (x U^T): gate and up of some columns are made side by side and multiplied while they are still in the core's cache, so that the
-// [T, 2F] between them never goes to memory. Both are rounded to the dtype first: the bits are those of the two linears and silu_mul.
-#include "swiglu.h"
+// act(x G^T) * (x U^T): gate and up of some columns are made side by side and multiplied while they are still in the core's cache, so that the
+// [T, 2F] between them never goes to memory. Both are rounded to the dtype first: the bits are those of the two linears and understudy_gated_act.
+#include "gated.h"
 
 #include <algorithm>
 #include <atomic>
@@ -12,7 +12,7 @@ namespace {
 
 constexpr long GROUP = 8;  // panels of gate and of up whose results wait in the cache
 
-template <class T> bool swiglu(const Linear &gate, const Linear &up, const Rows &rows) {
+template <class T> bool gated_half(int act, const Linear &gate, const Linear &up, const Rows &rows) {
     const Kernels &kernels = kernels_of(gate);
     const Cut cut(gate, rows.m);
     const long width = GROUP * gate.width;
@@ -36,7 +36,7 @@ template <class T> bool swiglu(const Linear &gate, const Linear &up, const Rows 
                 const auto at = [&](char *buffer) { return Rows{x, rows.x_stride, reinterpret_cast<T *>(buffer) - column, width, m}; };
                 kernels.multiply(gate, at(gates), panel, end);
                 kernels.multiply(up, at(ups), panel, end);
-                silu_mul(reinterpret_cast<const T *>(gates), reinterpret_cast<const T *>(ups), width, y + column, rows.y_stride, m,
+                gated_rows(act, reinterpret_cast<const T *>(gates), reinterpret_cast<const T *>(ups), width, y + column, rows.y_stride, m,
                          std::min(end * gate.width, gate.n) - column);
             }
         }
@@ -50,8 +50,8 @@ template <class T> bool swiglu(const Linear &gate, const Linear &up, const Rows 
 using namespace understudy;
 
 // gate and up: [F, K] of one family and dtype; y [m, F]. 0; 2: no memory.
-extern "C" int understudy_swiglu(const Linear *gate, const Linear *up, const void *x, long x_stride, void *y, long y_stride, long m) {
+extern "C" int understudy_gated(int act, const Linear *gate, const Linear *up, const void *x, long x_stride, void *y, long y_stride, long m) {
     if (m <= 0) return 0;
-    const auto function = gate->dtype == FLOAT32 ? swiglu<float> : gate->dtype == BFLOAT16 ? swiglu<bf16> : swiglu<fp16>;
-    return function(*gate, *up, Rows{x, x_stride, y, y_stride, m}) ? 0 : 2;
+    const auto function = gate->dtype == FLOAT32 ? gated_half<float> : gate->dtype == BFLOAT16 ? gated_half<bf16> : gated_half<fp16>;
+    return function(act, *gate, *up, Rows{x, x_stride, y, y_stride, m}) ? 0 : 2;
 }

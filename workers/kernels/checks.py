@@ -1,0 +1,43 @@
+"""What every implementation of the operations refuses, in the same words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from workers.model.spec import Route
+
+ACTS = ("silu", "gelu", "gelu_tanh", "relu")
+GATED = (*ACTS, "clamped")
+
+
+def known_act(act: str, names: tuple[str, ...]) -> None:
+    """Raises ValueError for an activation that is none of `names`."""
+    if act not in names:
+        raise ValueError(f"act is {act!r}; it must be one of {', '.join(names)}")
+
+
+def check_route(route: Route, experts: int, bias: Tensor | None) -> None:
+    """Raises ValueError where `experts` logits cannot be routed so."""
+    groups = route.groups
+    if groups < 1 or experts % groups or not 1 <= route.top_groups <= groups:
+        raise ValueError(
+            f"{experts} experts in {groups} groups, the best {route.top_groups} of them open: groups must be equal, "
+            f"and 1 .. {groups} open"
+        )
+    among = experts // groups * route.top_groups if groups > 1 else experts
+    if not 1 <= route.top_k <= among:
+        raise ValueError(f"a token goes to 1 .. {among} of {experts} experts, not {route.top_k}")
+    if route.bias != (bias is not None):
+        raise ValueError(f"route.bias is {route.bias}, but a bias is {'missing' if bias is None else 'given'}")
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != (experts,)):
+        raise ValueError(f"the bias is {bias.dtype} {tuple(bias.shape)}; float32 ({experts},) is wanted")
+
+
+def check_latent(kv_heads: int, head_dim: int, latent: int | None) -> None:
+    """Raises ValueError where a latent cache is asked for with sizes that it cannot have."""
+    if latent is not None and not (kv_heads == 1 and 1 <= latent <= head_dim):
+        raise ValueError(
+            f"a latent cache has 1 KV head and a latent of 1 .. head_dim components, not {kv_heads} heads and "
+            f"{latent} of {head_dim}"
+        )
