@@ -29,9 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from workers.kernels.cuda import CudaOps
 from workers.kernels.ops import BLOCK, Batch, Ops
 from workers.kernels.plain import PlainOps
+from workers.model.config import parse_config
 from workers.model.decoder import Decoder, load_decoder
 from workers.model.load import Loader
-from workers.model.spec import ModelSpec, parse_config
+from workers.model.spec import ModelSpec
 from workers.model.weights import Part
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "dtype": "bfloat16"}
@@ -85,7 +86,7 @@ class Sequences:
         a, spec = decoder.spec.attention, decoder.spec
         width = -(-context // BLOCK)
         self.decoder, self.count, self.at = decoder, count, 0
-        self.device = decoder.embedding.device
+        self.device = decoder.device
         self.caches = [decoder.ops.cache(len(g.layers), count * width, a.kv_heads, a.head_dim) for g in spec.groups]
         self.table = torch.arange(count * width, dtype=torch.int32).view(count, width)
 

@@ -231,7 +231,7 @@ def free_port(host: str) -> int:
 
 def check_files(config: ServiceConfig) -> None:
     """What can be known of files before anything is started. Raises CheckpointError, ConfigError."""
-    from workers.model.spec import read_spec
+    from workers.model.config import read_spec
 
     for model in config.models:
         read_spec(model.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from array import array
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from dense import CASES as DENSE
 from torch import Tensor
 
 from workers.engine.contract import EngineConfig
@@ -21,11 +23,14 @@ from workers.kernels.build import load as load_library
 from workers.kernels.choose import DTYPES
 from workers.kernels.cuda import CudaOps
 from workers.kernels.ops import BLOCK
+from workers.model.config import read_spec
 from workers.model.decoder import load_decoder
 from workers.model.load import Loader
-from workers.model.spec import read_spec
 from workers.model.weights import Checkpoint
 
+PROMPT, NEW = 41, 64
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+MODELS = {"GPT2": "GPT2LMHeadModel"}
 SHAPE: dict[str, Any] = {
     "vocab_size": 160,
     "hidden_size": 64,
@@ -69,37 +74,70 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 8, "attention_bias": True}
         | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
     ),
-    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "mixtral-window-tied": (
-        "Mixtral",
-        {"num_local_experts": 3, "num_experts_per_tok": 3, "sliding_window": 18, "tie_word_embeddings": True},
-    ),
-    "qwen3-moe-dense-layers": (
-        "Qwen3Moe",
-        {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-        | {"head_dim": 32, "decoder_sparse_step": 2},
-    ),
-    "qwen3-moe-first-dense": (
-        "Qwen3Moe",
-        {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True}
-        | {"head_dim": 16, "mlp_only_layers": [0], "use_sliding_window": True, "sliding_window": 30},
-    ),
 }
 
 
 def make_model(name: str, seed: int = 0) -> transformers.PreTrainedModel:
     """A random model whose norms and biases are no neutral elements."""
-    family, changes = CASES[name]
+    family, changes = DENSE[name] if name in DENSE else (CASES[name][0], SHAPE | CASES[name][1])
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{family}Config")(**(SHAPE | changes))
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    config = getattr(transformers, CONFIGS.get(family, f"{family}Config"))(**changes)
+    model = getattr(transformers, MODELS.get(family, f"{family}ForCausalLM"))(config).eval()
+    shift = 1.0 if family.startswith("Gemma") else 0.0  # their norms keep w - 1
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("bias"):
-                parameter.normal_(0, 0.3)
-            elif "norm" in parameter_name:
-                parameter.uniform_(0.5, 1.5)
+                parameter.normal_(0, 0.1 if name in DENSE else 0.3)
+            elif "norm" in parameter_name or ".ln_" in parameter_name:
+                parameter.uniform_(0.5 - shift, 1.5 - shift)
+            elif name in DENSE and parameter is model.get_input_embeddings().weight:
+                parameter *= 0.2  # else a tied head repeats the last token for ever
     return model
+
+
+@functools.cache
+def reference(model: transformers.PreTrainedModel, length: int) -> tuple[list[int], Tensor]:
+    """NEW greedy tokens of `generate` after the random prompt of that length, and the logits they were taken from."""
+    prompt = random_prompt(length, 160, seed=length)
+    with torch.inference_mode():
+        made = model.generate(
+            torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, use_cache=True,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+    return made.sequences[0, length:].tolist(), torch.cat(made.logits)
+
+
+def check(model: transformers.PreTrainedModel, runner: Runner, length: int = PROMPT, exact: bool = True) -> float:
+    """In chunks of 13, beside another that is chunked otherwise; then again after a prefix hit, which has the same bits
+    where kernels are `exact`.
+
+    Returns the largest difference of a logit.
+    """
+    prompts = [random_prompt(n, 160, seed=n) for n in (length, 30)]
+    tokens, logits = reference(model, length)
+    stream, _ = greedy(runner, prompts, NEW, sizes=[13, 4])
+    difference = (torch.stack(stream.logits) - logits).abs().max().item()
+    assert difference < 1e-4, f"logits differ by {difference}; they span {logits.min():.1f} to {logits.max():.1f}"
+    assert stream.made == tokens
+    assert len(set(tokens)) > 3, "the answer says something"
+    (alone,) = greedy(runner, prompts[:1], 4, sizes=[100])
+    again = warm(runner, alone, 4)
+    assert not exact or torch.equal(torch.stack(again), torch.stack(stream.logits[:4])), (
+        "the bits differ after a prefix hit"
+    )
+    return difference
+
+
+def warm(runner: Runner, first: Stream, tokens: int) -> list[Tensor]:
+    """The logits of the same prompt when its first two blocks are those that `first` wrote."""
+    unused = [b for b in range(runner.blocks) if b not in first.blocks]
+    stream = Stream(runner, first.prompt, first.blocks[:2] + unused[: len(first.blocks) - 2])
+    stream.at = 32
+    while len(stream.made) < tokens:
+        chunk = stream.chunk(5)
+        logits = runner.run(StepPlan(0, [chunk]))
+        stream.advance(chunk, logits[0] if chunk.wanted else None)
+    return stream.logits
 
 
 def open_runner(model_dir: Path, kernels: str, **config: Any) -> Runner:
@@ -152,7 +190,10 @@ class Stream:
             gone = 0 if window is None else max(0, self.at - window + 1) // BLOCK
             table[:gone] = array("i", [-1] * gone)
             tables.append(table)
-        return Chunk("s", self.at, tokens, tuple(tables), wanted=int(self.at + len(tokens) == len(self.tokens)))
+        wanted = int(self.at + len(tokens) == len(self.tokens))
+        limit = self.runner.info.long_prompt
+        long = limit is not None and len(self.prompt) > limit
+        return Chunk("s", self.at, tokens, tuple(tables), wanted, long=long)
 
     def advance(self, chunk: Chunk, logits: Tensor | None) -> None:
         self.at += len(chunk.tokens)

@@ -10,6 +10,8 @@ import pytest
 import torch
 import transformers
 from checkpoints import make_model
+from mixtures import CASES as MIXTURES
+from mixtures import make_mixture
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +31,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[t
 
     def write(name: str) -> tuple[transformers.PreTrainedModel, Path]:
         if name not in made:
-            model, path = make_model(name), tmp_path_factory.mktemp(name)
+            make = make_mixture if name in MIXTURES else make_model
+            model, path = make(name), tmp_path_factory.mktemp(name)
             with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
                 model.save_pretrained(path)
             made[name] = model, path

@@ -9,39 +9,28 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from checkpoints import CASES, greedy, open_runner, random_prompt
+from checkpoints import CASES, MODELS, PROMPT, check, greedy, open_runner, random_prompt
+from dense import CASES as DENSE
+from mixtures import CASES as MIXTURES
 from safetensors.torch import load_file, save_file
 
-from workers.model.spec import ARCHITECTURES, read_spec
+from workers.model.config import ARCHITECTURES, read_spec
 
 Written = Callable[[str], tuple[transformers.PreTrainedModel, Path]]
 EXACT = ("plain", "native", "cuda")  # these keep the row law
 KERNELS = (*EXACT, "cuda-fast")
-PROMPT, NEW = 41, 64
-
-
-def reference(model: transformers.PreTrainedModel, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
-    """64 greedy tokens of `generate`, and the logits of one forward over all of them."""
-    with torch.inference_mode():
-        ids = model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, use_cache=True)
-        logits = model(ids).logits[0]
-    return ids[0, len(prompt) :].tolist(), logits[len(prompt) - 1 : -1]
 
 
 def test_every_architecture_has_a_case() -> None:
-    assert {f"{family}ForCausalLM" for family, _ in CASES.values()} == set(ARCHITECTURES)
+    families = {family for cases in (CASES, DENSE, MIXTURES) for family, _ in cases.values()}
+    assert {MODELS.get(family, f"{family}ForCausalLM") for family in families} == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", CASES)
 def test_logits_and_greedy_tokens(written: Written, name: str, kernels: str) -> None:
     model, path = written(name)
-    prompt = random_prompt(PROMPT, 160, seed=1)
-    tokens, logits = reference(model, prompt)
-    (stream,) = greedy(open_runner(path, kernels), [prompt], NEW, sizes=[13])
-    difference = (torch.stack(stream.logits) - logits).abs().max().item()
-    assert difference < 1e-4, f"logits differ by {difference}; they span {logits.min():.1f} to {logits.max():.1f}"
-    assert stream.made == tokens
+    check(model, open_runner(path, kernels), exact=kernels in EXACT)
 
 
 @pytest.mark.parametrize("kernels", EXACT)

@@ -56,7 +56,7 @@ def build_engine(config: EngineConfig, progress: Callable[[int, int], None] | No
     cache = CacheManager(its.blocks, its.windows, BLOCK, config.prefix_cache)
     formats = CheckpointFormats(Path(config.model_dir), its.vocab_size)
     proposer = make_proposer(config, its, chunk_tokens)
-    return EngineCore(runner, info, cache, runner.ops, formats, proposer, config.draft_tokens)
+    return EngineCore(runner, info, cache, runner.ops, formats, proposer, config.draft_tokens, its.long_prompt)
 
 
 def make_proposer(config: EngineConfig, target: RunnerInfo, chunk_tokens: int) -> Proposer | None:

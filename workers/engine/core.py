@@ -51,6 +51,7 @@ class EngineCore:
 
     `formats` opens grammars: without one, a request that has a grammar ends with ERROR. `proposer` guesses tokens, at
     most `draft_tokens` per sequence and step. Both are closed by whoever made them, but the proposer, with the engine.
+    Prompts of more than `long_prompt` tokens are computed otherwise, and share no blocks with others.
     """
 
     def __init__(
@@ -62,9 +63,10 @@ class EngineCore:
         formats: Formats | None = None,
         proposer: Proposer | None = None,
         draft_tokens: int = 4,
+        long_prompt: int | None = None,
     ) -> None:
         self._runner = runner
-        self._info = info
+        self._info, self._long_prompt = info, long_prompt
         self._cache = cache
         self._sampler = Sampler(ops)
         self._scheduler = Scheduler(cache, info.max_running, info.chunk_tokens)
@@ -106,7 +108,9 @@ class EngineCore:
         return ended + [self._report(m) for m in made]
 
     def add(self, request: Request) -> None:
-        root = root_key(self._info.model_fingerprint, self._info.dtype, self._info.numerics_id, request.cache_salt)
+        long = self._long_prompt is not None and len(request.prompt) > self._long_prompt
+        numerics_id = self._info.numerics_id + ("/long-prompt" if long else "")
+        root = root_key(self._info.model_fingerprint, self._info.dtype, numerics_id, request.cache_salt)
         self._arrivals += 1
         reason = self._refusal(request)
         over = finish_of(request, len(request.generated), request.generated[-1:])
@@ -118,7 +122,7 @@ class EngineCore:
             self._ended.append(SequenceOutput(request.id, [], finish=over, cached_tokens=0))
         else:
             rank, tokens = (-request.priority, self._arrivals), [*request.prompt, *request.generated]
-            sequence = Sequence(request, rank, root, self._cache.open(), tokens)
+            sequence = Sequence(request, rank, root, self._cache.open(), tokens, long=long)
             if request.prompt_logprobs is not None:
                 sequence.told = []
             if asks(request):

@@ -35,7 +35,7 @@ from workers.engine.sampler import Row, Sampler, SamplingOps
 from workers.engine.speculate import Pace, agreeing
 from workers.kernels.choose import make_ops
 from workers.kernels.ops import BLOCK
-from workers.model.spec import read_spec
+from workers.model.config import read_spec
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ class Chunk:
     group's window may be -1: they are never read. `wanted` is how many of the last rows' logits are wanted: 0, 1 to
     sample, k + 1 to check k drafts, up to all of them for logprobs of the prompt. The last `drafts` tokens are
     guesses, not yet part of the sequence. Where `probe` asks for what happens inside the layers, the runner puts into
-    `seen` a trace for each of the last `drafts + 1` rows.
+    `seen` a trace for each of the last `drafts + 1` rows. `long`: the prompt is longer than the model's
+    `long_prompt`, and its rows are rotated by other tables.
     """
 
     id: str
@@ -29,6 +30,7 @@ class Chunk:
     drafts: int = 0
     probe: Probe | None = None
     seen: list[TokenTrace] = field(default_factory=list)
+    long: bool = False
 
 
 @dataclass(slots=True)

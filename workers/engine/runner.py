@@ -18,10 +18,11 @@ from workers.engine.plan import Chunk, StepPlan
 from workers.engine.watch import Watch, WatchedOps
 from workers.kernels.choose import make_ops
 from workers.kernels.ops import BLOCK, Batch, KvCache, Ops
+from workers.model.config import read_spec
 from workers.model.decoder import Decoder, load_decoder
 from workers.model.load import Loader
-from workers.model.spec import ModelSpec, read_spec
-from workers.model.weights import Checkpoint
+from workers.model.quantized import open_weights
+from workers.model.spec import ModelSpec
 
 DEFAULT_MAX_RUNNING = 64  # sequences that the default cache has room for, each with a full context
 CACHE_SHARE = {"cpu": 0.25, "cuda": 0.8}  # at most, of the memory left beside the weights, without `cache_bytes`
@@ -43,6 +44,7 @@ class RunnerInfo:
     windows: tuple[int | None, ...]
     cache_bytes: int
     layers: int = 0
+    long_prompt: int | None = None
 
 
 class Runner:
@@ -53,9 +55,12 @@ class Runner:
         spec, ops = decoder.spec, decoder.ops
         self.blocks = blocks
         self._decoder: Decoder | None = decoder
-        self._device = decoder.embedding.device
+        self._device = decoder.device
         a = spec.attention
-        self._caches: list[KvCache] = [ops.cache(len(g.layers), blocks, a.kv_heads, a.head_dim) for g in spec.groups]
+        latent = a.latent.rank if a.latent else None
+        self._caches: list[KvCache] = [
+            ops.cache(len(g.layers), blocks, a.cache_heads, a.cache_dim, latent) for g in spec.groups
+        ]
         self.block_bytes = block_bytes(spec, ops)
         self.info = RunnerInfo(
             model_fingerprint=fingerprint,
@@ -68,6 +73,7 @@ class Runner:
             windows=tuple(g.window for g in spec.groups),
             cache_bytes=sum(cache.bytes for cache in self._caches),
             layers=sum(len(g.layers) for g in spec.groups),
+            long_prompt=spec.long_prompt,
         )
 
     @classmethod
@@ -80,11 +86,11 @@ class Runner:
         """
         model_dir = Path(config.model_dir)
         spec = read_spec(model_dir)
-        checkpoint = Checkpoint(model_dir)
         ops = make_ops(
             spec.dtype if config.dtype == "auto" else config.dtype, config.device, config.kernels, config.threads
         )
         device = torch.device(config.device)
+        checkpoint = open_weights(model_dir, spec.quantization, ops.dtype)
         total = sum(checkpoint.nbytes(name) for name in checkpoint.entries)
         max_context, blocks = cache_size(spec, ops, config, max(0, available_memory(device) - total))
         done = 0
@@ -140,6 +146,7 @@ class Runner:
             row_start=self._tensor(row_start.astype(np.int32)),
             tables=[self._tensor(table) for table in tables],
             row_seq=self._tensor(np.repeat(np.arange(len(chunks), dtype=np.int32), lengths)),
+            rope_rows=self._rope_rows(chunks, positions, lengths),
         )
         sampled = self._tensor(last_rows(row_start[1:], wanted))
         if any(c.probe is not None for c in chunks):
@@ -190,6 +197,15 @@ class Runner:
             row[: len(blocks)] = blocks
         return table
 
+    def _rope_rows(
+        self, chunks: Sequence[Chunk], positions: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> Tensor | None:
+        """Rows of the rotary tables, in which those for long prompts stand behind all others; None: `positions`."""
+        long = np.fromiter((c.long for c in chunks), np.bool_, len(chunks))
+        if self.info.long_prompt is None or not long.any():
+            return None
+        return self._tensor(positions + np.repeat(long, lengths) * self.info.max_context)
+
     def _check_rows(
         self, chunks: Sequence[Chunk], ids: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
     ) -> None:
@@ -232,7 +248,8 @@ def last_rows(ends: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.
 def block_bytes(spec: ModelSpec, ops: Ops) -> int:
     """Bytes of one block of every cache group together."""
     a = spec.attention
-    return sum(ops.cache_block_bytes(len(group.layers), a.kv_heads, a.head_dim) for group in spec.groups)
+    latent = a.latent.rank if a.latent else None
+    return sum(ops.cache_block_bytes(len(g.layers), a.cache_heads, a.cache_dim, latent) for g in spec.groups)
 
 
 def available_memory(device: torch.device) -> int:

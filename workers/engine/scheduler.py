@@ -180,7 +180,8 @@ class Scheduler:
         self.cache.allocate(sequence.table, end)
         tokens = sequence.tokens[sequence.computed : end]
         wanted = rows if asked else int(end == len(sequence.tokens))
-        plan.chunks.append(Chunk(sequence.id, sequence.computed, tokens, sequence.table.groups, wanted))
+        chunk = Chunk(sequence.id, sequence.computed, tokens, sequence.table.groups, wanted, long=sequence.long)
+        plan.chunks.append(chunk)
         self.planned.append(sequence)
         if rows > 1 or end <= sequence.prompt_tokens:
             self.counts.computed_prompt_tokens += rows

@@ -37,6 +37,7 @@ class Sequence:
     computed: int = 0
     cached: int | None = None  # prompt tokens that the prefix tree spared; None until first admitted
     running: bool = False  # admitted and not preempted
+    long: bool = False  # see `Chunk`
     reported: bool = False  # an output of this sequence has been given
     told: list[TokenLogprob] | None = None  # of the prompt's tokens from the second on, as far as known; None: unasked
     family: Family | None = None

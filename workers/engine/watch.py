@@ -86,13 +86,8 @@ class WatchedOps:
         result: Tensor = self._ops.attend(*arguments, **named)
         return result
 
-    def gate(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        return self._chosen(self._ops.gate(*arguments))
-
     def route(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        return self._chosen(self._ops.route(*arguments))
-
-    def _chosen(self, result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = self._ops.route(*arguments)
         self._watch.routed(*result)
         return result
 

@@ -1,56 +1,87 @@
-"""Attention of one layer over the paged cache."""
+"""Attention of one layer over the paged cache. T rows, H hidden, Hq and Hkv heads of D components."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from workers.kernels.ops import Batch, KvCache, Linear, Ops
 from workers.model.load import Loader
+from workers.model.names import Names
+from workers.model.norm import norm_weight
 from workers.model.spec import ModelSpec
+
+RopeTables = tuple[Tensor, Tensor] | tuple[None, None]  # cosines, sines
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayer:
-    """Grouped-query attention with rotary positions. [T, H] -> [T, Hq D] -> [T, H]"""
+    """Grouped-query attention. [T, H] -> [T, Hq D] -> [T, H]"""
 
     qkv: Linear  # rows of q, then k, then v
     out: Linear
-    q_norm: Tensor | None  # [D]
-    k_norm: Tensor | None  # [D]
+    q_norm: Tensor | None  # [D], or [Hq D] where `flat`
+    k_norm: Tensor | None
+    flat: bool
+    sinks: Tensor | None  # float32 [Hq]
     heads: tuple[int, int]  # (Hq, Hkv)
+    head_dim: int
     eps: float
     scale: float
+    softcap: float | None
     group: int  # cache group of this layer
     slot: int  # its place within the group's cache
     window: int | None
 
-    def mix(self, ops: Ops, x: Tensor, rope: tuple[Tensor, Tensor], batch: Batch, caches: list[KvCache]) -> Tensor:
+    def mix(self, ops: Ops, x: Tensor, rope: RopeTables, batch: Batch, caches: list[KvCache]) -> Tensor:
         """Writes this step's keys and values and attends: [T, H] -> [T, Hq D], before the output projection."""
-        cache = caches[self.group]
-        q = ops.rope_write(
-            self.qkv(x), self.heads, self.q_norm, self.k_norm, self.eps, *rope, cache, self.slot, batch, self.group
+        cache, qkv, q_norm, k_norm = caches[self.group], self.qkv(x), self.q_norm, self.k_norm
+        if self.flat:
+            q, k, v = qkv.split([self.heads[0] * self.head_dim, *(self.heads[1] * self.head_dim,) * 2], dim=1)
+            q, k = ops.rms_norm(q, q_norm, self.eps), ops.rms_norm(k, k_norm, self.eps)
+            qkv, q_norm, k_norm = torch.cat([q, k, v], dim=1), None, None
+        q = ops.rope_write(qkv, self.heads, q_norm, k_norm, self.eps, *rope, cache, self.slot, batch, self.group)
+        return ops.attend(
+            q, cache, self.slot, batch, self.group, self.scale, self.window, sinks=self.sinks, softcap=self.softcap
         )
-        return ops.attend(q, cache, self.slot, batch, self.group, self.scale, self.window)
 
 
-def load_attention(spec: ModelSpec, layer: int, load: Loader) -> AttentionLayer:
-    """Packs the attention of one layer from `model.layers.N.self_attn`."""
-    a = spec.attention
-    prefix = f"model.layers.{layer}.self_attn"
+def load_attention(spec: ModelSpec, layer: int, load: Loader, names: Names) -> AttentionLayer:
+    """Packs the attention of one layer."""
+    a, prefix = spec.attention, names.layer(layer)
     q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    rows = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+    rows = [q, kv, kv] if len(names.qkv) > 1 else [q + 2 * kv]
     group = spec.layer_group[layer]
+    flat = a.qk_norm == "flat"
+
+    def qk_norm(name: str, size: int) -> Tensor | None:
+        if a.qk_norm is None:
+            return None
+        return norm_weight(spec.norm, f"{prefix}.{name}.weight", size if flat else a.head_dim, load)
+
     return AttentionLayer(
-        qkv=load.linear([f"{prefix}.{name}" for name in rows], list(rows.values()), spec.hidden, a.qkv_bias),
-        out=load.linear([f"{prefix}.o_proj"], [spec.hidden], q, a.out_bias),
-        q_norm=load.vector(f"{prefix}.q_norm.weight", a.head_dim) if a.qk_norm else None,
-        k_norm=load.vector(f"{prefix}.k_norm.weight", a.head_dim) if a.qk_norm else None,
+        qkv=load.linear(
+            [f"{prefix}.{name}" for name in names.qkv], rows, spec.hidden, a.qkv_bias, names.transposed,
+            _by_part(a.heads, a.head_dim) if names.qkv_by_head else None,
+        ),
+        out=load.linear([f"{prefix}.{names.out}"], [spec.hidden], q, a.out_bias, names.transposed),
+        q_norm=qk_norm(names.q_norm, q),
+        k_norm=qk_norm(names.k_norm, kv),
+        flat=flat,
+        sinks=load.wide.vector(f"{prefix}.{names.sinks}", a.heads) if a.sinks else None,
         heads=(a.heads, a.kv_heads),
-        eps=spec.norm_eps,
-        scale=a.head_dim**-0.5,
+        head_dim=a.head_dim,
+        eps=spec.norm.eps,
+        scale=a.head_dim**-0.5 if a.scale is None else a.scale,
+        softcap=a.softcap,
         group=group,
         slot=spec.groups[group].layers.index(layer),
         window=spec.groups[group].window,
-    )
+    )  # fmt: skip
+
+
+def _by_part(heads: int, head_dim: int) -> Tensor:
+    """Where the rows of q, k and v of each head lie when all of q comes first: [3 Hq D]"""
+    return torch.arange(3 * heads * head_dim).view(heads, 3, head_dim).transpose(0, 1).flatten()

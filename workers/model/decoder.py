@@ -1,7 +1,7 @@
 """The whole forward: rows of tokens in, logits of chosen rows out.
 
-T rows of a step, S of them sampled, H hidden, V vocabulary. The residual stream stays in one tensor that
-`add_rms_norm` updates in place.
+T rows of a step, S of them sampled, H hidden, V vocabulary. The residual stream stays in one tensor that is changed
+in place where halves of layers are joined with it.
 """
 
 from __future__ import annotations
@@ -12,74 +12,178 @@ import torch
 from torch import Tensor
 
 from workers.kernels.ops import Batch, KvCache, Linear, Ops
-from workers.model.attention import AttentionLayer, load_attention
+from workers.model.attention import AttentionLayer, RopeTables, load_attention
 from workers.model.ffn import DenseLayer, MoeLayer, load_ffn
+from workers.model.latent import LatentAttention, load_latent
 from workers.model.load import Loader
-from workers.model.rope import rope_tables
-from workers.model.spec import ModelSpec
+from workers.model.names import Names, find_names
+from workers.model.norm import Joint, RowNorm, load_norm
+from workers.model.rope import rope_tables, sinusoids
+from workers.model.spec import ModelSpec, Rope
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    attention_norm: Tensor  # [H]
-    attention: AttentionLayer
-    ffn_norm: Tensor  # [H]
+    attention_in: Joint
+    attention: AttentionLayer | LatentAttention
+    attention_after: RowNorm | None  # of what attention gives
+    ffn_in: Joint
     ffn: DenseLayer | MoeLayer
+    ffn_after: RowNorm | None
+    rope: RopeTables
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """What stands at the beginning of the stream: ids [T] -> [T, H]"""
+
+    table: Tensor  # [V, embed_dim]
+    scale: float
+    project: Linear | None  # embed_dim -> H
+    positions: Tensor | None  # added, [context + offset, H]
+    offset: int
+
+    def __call__(self, ops: Ops, ids: Tensor, at: Tensor) -> Tensor:
+        x = ops.embed(self.table, ids)
+        if self.scale != 1.0:
+            x *= self.scale
+        if self.project is not None:
+            x = self.project(x)
+        if self.positions is not None:
+            x += self.positions[at + self.offset]
+        return x
 
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A pre-norm decoder as its ModelSpec says."""
+    """What its ModelSpec says."""
 
     spec: ModelSpec
     ops: Ops
-    embedding: Tensor  # [V, H]
+    embed: Embedding
     layers: tuple[Layer, ...]
-    norm: Tensor  # [H]
-    head: Linear  # [V, H]
-    rope: tuple[Tensor, Tensor]  # float32 [max_context, D / 2]
+    final: Joint
+    project_out: Linear | None  # H -> embed_dim
+    head: Linear  # [V, embed_dim]
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.table.device
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, batch: Batch, caches: list[KvCache], sampled: Tensor) -> Tensor:
         """ids: int64 [T]; caches: one per cache group; sampled: int64 [S], ascending -> logits [S, V]."""
-        ops, eps = self.ops, self.spec.norm_eps
-        residual = ops.embed(self.embedding, ids)
-        x = ops.rms_norm(residual, self.layers[0].attention_norm, eps)
-        for i, layer in enumerate(self.layers):
-            x = layer.attention.mix(ops, x, self.rope, batch, caches)
-            last = i + 1 == len(self.layers)
-            if last and len(sampled) < len(ids):  # from here on only the rows that somebody wants
+        ops, parallel = self.ops, self.spec.block.parallel
+        stream, delta = self.embed(ops, ids, batch.positions), None
+        for layer in self.layers:
+            x = layer.attention_in(ops, delta, stream)
+            x = layer.attention.mix(ops, x, layer.rope, batch, caches)
+            if layer is self.layers[-1] and len(sampled) < len(ids):  # from here on only the rows that somebody wants
                 if not len(sampled):
                     return x.new_zeros(0, self.spec.vocab_size)
-                x, residual = x[sampled], residual[sampled]
-            x = ops.add_rms_norm(layer.attention.out(x), residual, layer.ffn_norm, eps)
-            x = layer.ffn(ops, x)
-            x = ops.add_rms_norm(x, residual, self.norm if last else self.layers[i + 1].attention_norm, eps)
-        return self.head(x)
+                x, stream = x[sampled], stream[sampled]
+            delta = _after(ops, layer.attention.out(x), layer.attention_after)
+            if parallel:
+                delta += layer.ffn(ops, layer.ffn_in(ops, None, stream))
+            else:
+                delta = _after(ops, layer.ffn(ops, layer.ffn_in(ops, delta, stream)), layer.ffn_after)
+        return self.logits(self.final(ops, delta, stream))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[S, H] -> [S, V]"""
+        logits = self.head(x if self.project_out is None else self.project_out(x))
+        cap = self.spec.final_softcap
+        return logits if cap is None else self.ops.softcap(logits, cap)
+
+
+def _after(ops: Ops, x: Tensor, norm: RowNorm | None) -> Tensor:
+    return x if norm is None else norm(ops, x)
 
 
 def load_decoder(spec: ModelSpec, load: Loader, ops: Ops, max_context: int, device: torch.device) -> Decoder:
     """Packs every weight. Raises CheckpointError that names the file and the tensor."""
-
-    def layer(i: int) -> Layer:
-        prefix = f"model.layers.{i}"
-        return Layer(
-            attention_norm=load.vector(f"{prefix}.input_layernorm.weight", spec.hidden),
-            attention=load_attention(spec, i, load),
-            ffn_norm=load.vector(f"{prefix}.post_attention_layernorm.weight", spec.hidden),
-            ffn=load_ffn(spec, i, load),
-        )
-
-    embedding = load.table("model.embed_tokens.weight", spec.vocab_size, spec.hidden)
-    cos, sin = rope_tables(spec.rope, spec.attention.head_dim, max_context)
+    names = find_names(spec.names, load.has)
+    tables: dict[Rope | None, RopeTables] = {None: (None, None)}
+    for rope in spec.rope:
+        if rope not in tables:
+            tables[rope] = _tables(spec, rope, max_context, device)
+    embed = _load_embedding(spec, load, names, max_context)
+    layers, final = _load_layers(spec, load, names, tables)
+    width = spec.embed_dim or spec.hidden
     return Decoder(
         spec=spec,
         ops=ops,
-        embedding=embedding,
-        layers=tuple(layer(i) for i in range(spec.layers)),
-        norm=load.vector("model.norm.weight", spec.hidden),
-        head=ops.linear(embedding)
+        embed=embed,
+        layers=layers,
+        final=final,
+        project_out=load.linear([names.within(names.project_out)], [width], spec.hidden, bias=False)
+        if spec.embed_dim
+        else None,
+        head=ops.linear(embed.table)
         if spec.tie_embeddings
-        else load.linear(["lm_head"], [spec.vocab_size], spec.hidden, bias=False),
-        rope=(cos.to(device), sin.to(device)),
+        else load.linear([names.head], [spec.vocab_size], width, bias=False),
     )
+
+
+def _tables(spec: ModelSpec, rope: Rope, positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of a model that tells long prompts from others, the rows for long ones come after all others."""
+    parts = [rope_tables(rope, spec.attention.head_dim, positions)]
+    if spec.long_prompt is not None:
+        parts.append(rope_tables(rope, spec.attention.head_dim, positions, long=True))
+    cos, sin = (torch.cat(each).to(device) for each in zip(*parts, strict=True))
+    return cos, sin
+
+
+def _load_embedding(spec: ModelSpec, load: Loader, names: Names, max_context: int) -> Embedding:
+    dtype, positions, offset = load.ops.dtype, None, 0
+    width = spec.embed_dim or spec.hidden
+    table = load.table(f"{names.within(names.embedding)}.weight", spec.vocab_size, width)
+    if spec.positions is not None:
+        offset = spec.positions.offset
+        if spec.positions.kind == "learned":
+            positions = load.table(f"{names.within(names.positions)}.weight", spec.max_context + offset, spec.hidden)
+        else:
+            positions = sinusoids(max_context + offset, spec.hidden).to(table)
+    return Embedding(
+        table=table,
+        scale=torch.tensor(spec.embed_scale, dtype=dtype).item(),  # rounded as Gemma's reference does
+        project=load.linear([names.within(names.project_in)], [spec.hidden], width, bias=False)
+        if spec.embed_dim
+        else None,
+        positions=positions,
+        offset=offset,
+    )
+
+
+def _load_layers(
+    spec: ModelSpec, load: Loader, names: Names, tables: dict[Rope | None, RopeTables]
+) -> tuple[tuple[Layer, ...], Joint]:
+    """The layers, and the joint behind the last one."""
+    norms = spec.block.norms
+    before, after, post = norms in ("pre", "sandwich"), norms in ("after", "sandwich"), norms == "post"
+
+    def norm(name: str) -> RowNorm:
+        return load_norm(spec.norm, name, spec.hidden, load)
+
+    layers, following = [], Joint()  # what joins the next half: of post-norm layers it has the norm of the one before
+    for i in range(spec.layers):
+        prefix = names.layer(i)
+        attention_in = Joint(norm(f"{prefix}.{names.attention_norm}")) if before else following
+        if post:
+            ffn_in = Joint(norm(f"{prefix}.{names.attention_norm}"), keep=True)
+            following = Joint(norm(f"{prefix}.{names.ffn_norm}"), keep=True)
+        else:
+            ffn_in = Joint(norm(f"{prefix}.{names.ffn_norm}")) if before else following
+        layers.append(
+            Layer(
+                attention_in=attention_in,
+                attention=load_latent(spec, i, load) if spec.attention.latent else load_attention(spec, i, load, names),
+                attention_after=norm(f"{prefix}.{names.attention_after}") if after else None,
+                ffn_in=ffn_in,
+                ffn=load_ffn(spec, i, load, names),
+                ffn_after=norm(f"{prefix}.{names.ffn_after}") if after else None,
+                rope=tables[spec.rope[i]],
+            )
+        )
+    final = Joint(norm(names.within(names.final_norm))) if spec.final_norm else following
+    return tuple(layers), final

@@ -1,51 +1,181 @@
-"""The feed-forward half of a layer: dense, or a mixture of experts."""
+"""The feed-forward half of a layer: dense, or a mixture of experts. T rows, H hidden, F size, E experts, k chosen."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from workers.kernels.ops import Experts, Linear, Ops
 from workers.model.load import Loader
-from workers.model.spec import ModelSpec, MoeFfn
+from workers.model.names import Names
+from workers.model.spec import DenseFfn, ModelSpec, MoeFfn, Route
+from workers.model.weights import Part
+
+_SIGMOID = Route(top_k=1, scoring="sigmoid", renormalize=False)  # of the one logit of a shared expert's gate
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """Where a mixture's tensors lie below its layer; {} is an expert's number.
+
+    `fused` experts are kept as gpt-oss has them, [E, in, out] with gate and up in turns; other checkpoints that keep
+    all experts in one tensor have [E, out, in] with the rows of gate before those of up, as transformers 5 does.
+    """
+
+    block: str = "mlp"
+    gate: str = "gate"
+    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    shared: str = ""
+    fused: bool = False
+
+
+NAMES = {
+    "mixtral": ExpertNames("block_sparse_moe", parts=("w1", "w3", "w2")),
+    "qwen": ExpertNames(shared="shared_expert"),
+    "deepseek": ExpertNames(shared="shared_experts"),
+    "gpt_oss": ExpertNames(gate="router", fused=True),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class DenseLayer:
-    """down(silu(gate(x)) * up(x)): [T, H] -> [T, H]"""
+    """down(act(gate(x)) * up(x)), or down(act(up(x))): [T, H] -> [T, H]"""
 
-    gated: Linear  # silu(gate(x)) * up(x)
+    up: Linear  # with its gate and activation, where there is one
     down: Linear
+    act: str | None  # None: `up` has it
 
     def __call__(self, ops: Ops, x: Tensor) -> Tensor:
-        return self.down(self.gated(x))
+        y = self.up(x)
+        return self.down(y if self.act is None else ops.act(y, self.act))
 
 
 @dataclass(frozen=True, slots=True)
 class MoeLayer:
-    """The chosen experts' outputs, added by the gate's weights in the order of its slots: [T, H] -> [T, H]"""
+    """The chosen experts' outputs, added by the gate's weights in the order of its slots, and then the shared one's."""
 
-    gate: Linear  # [E, H]
+    gate: Linear  # [E, H]; float32 where `wide`
+    wide: bool
+    route: Route
+    correction: Tensor | None  # float32 [E]
     experts: Experts
-    top_k: int
-    renormalize: bool
+    shared: DenseLayer | None
+    shared_gate: Linear | None  # [1, H]
+
+    def choose(self, ops: Ops, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts of each row and their weights: [T, H] -> int32 [T, k], float32 [T, k]"""
+        if self.wide:
+            ops, x = ops.wide, x.float()
+        return ops.route(self.gate(x), self.route, self.correction)
+
+    def mix(self, ops: Ops, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """[T, H] -> [T, H]"""
+        y = self.experts(x, ids, weights)
+        if self.shared is None:
+            return y
+        shared = self.shared(ops, x)
+        if self.shared_gate is not None:
+            _, share = ops.route(self.shared_gate(x), _SIGMOID)
+            shared = (shared.float() * share).to(x.dtype)
+        return y + shared
 
     def __call__(self, ops: Ops, x: Tensor) -> Tensor:
-        ids, weights = ops.gate(self.gate(x), self.top_k, self.renormalize)
-        return self.experts(x, ids, weights)
+        return self.mix(ops, x, *self.choose(ops, x))
 
 
-def load_ffn(spec: ModelSpec, layer: int, load: Loader) -> DenseLayer | MoeLayer:
-    """Packs the feed-forward of one layer from `model.layers.N.mlp` or where its experts lie."""
-    ffn = spec.ffn[layer]
-    prefix = f"model.layers.{layer}.mlp"
-    if isinstance(ffn, MoeFfn):
-        named = f"model.layers.{layer}.{ffn.block}"
-        block = prefix if load.has(f"{prefix}.gate.weight") else named
-        gate = load.linear([f"{block}.gate"], [ffn.experts], spec.hidden, bias=False)
-        return MoeLayer(gate, load.experts(block, ffn, spec.hidden), ffn.top_k, ffn.renormalize)
-    return DenseLayer(
-        load.swiglu(f"{prefix}.gate_proj", f"{prefix}.up_proj", ffn.size, spec.hidden, ffn.bias),
-        load.linear([f"{prefix}.down_proj"], [spec.hidden], ffn.size, ffn.bias),
+def load_moe(ffn: MoeFfn, hidden: int, prefix: str, load: Loader) -> MoeLayer:
+    """Packs the mixture of the layer `prefix`."""
+    names = NAMES[ffn.names]
+    block = f"{prefix}.{names.block}"
+    if not load.has(f"{block}.{names.gate}.weight") and load.has(f"{prefix}.mlp.{names.gate}.weight"):
+        block = f"{prefix}.mlp"  # as transformers 5 calls it in memory, whatever the family's files do
+    shared, gates = f"{block}.{names.shared}", load.wide if ffn.wide_gate else load
+    return MoeLayer(
+        gate=gates.linear([f"{block}.{names.gate}"], [ffn.experts], hidden, ffn.gate_bias),
+        wide=ffn.wide_gate,
+        route=ffn.route,
+        correction=load.wide.vector(f"{block}.{names.gate}.e_score_correction_bias", ffn.experts)
+        if ffn.route.bias
+        else None,
+        experts=_load_experts(ffn, hidden, block, names, load),
+        shared=load_dense(
+            DenseFfn(ffn.shared, act=ffn.act),
+            hidden,
+            [f"{shared}.gate_proj", f"{shared}.up_proj"],
+            f"{shared}.down_proj",
+            load,
+        )
+        if ffn.shared
+        else None,
+        shared_gate=load.linear([f"{block}.shared_expert_gate"], [1], hidden, bias=False) if ffn.shared_gate else None,
     )
+
+
+class _Each(Sequence[Any]):
+    """Experts' tensors, each read when it is asked for, and the last one kept: what is in memory is what is packed."""
+
+    def __init__(self, count: int, read: Callable[[int], Any]) -> None:
+        self._count, self._read = count, read
+        self._last: tuple[int, Any] | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, expert: Any) -> Any:
+        if not 0 <= expert < self._count:
+            raise IndexError(expert)
+        if self._last is None or self._last[0] != expert:
+            self._last = (expert, self._read(expert))
+        return self._last[1]
+
+    def then(self, f: Callable[[Any], Tensor]) -> _Each:
+        return _Each(self._count, lambda expert: f(self[expert]))
+
+
+def _load_experts(ffn: MoeFfn, hidden: int, block: str, names: ExpertNames, load: Loader) -> Experts:
+    e, f, h = ffn.experts, ffn.size, hidden
+
+    def one(name: str, *shape: int) -> _Each:
+        """Slices of the one tensor of all experts."""
+        whole = f"{block}.experts.{name}"
+        return _Each(e, lambda i: load.tensor(whole, e, *shape, part=Part(0, i, i + 1))[0])
+
+    def every(part: str, *shape: int) -> _Each:
+        return _Each(e, lambda i: load.tensor(f"{block}.experts.{i}.{part}.weight", *shape))
+
+    if names.fused:
+        pairs, down = one("gate_up_proj", h, 2 * f), one("down_proj", f, h)
+        biases = None
+        if ffn.bias:
+            both = one("gate_up_proj_bias", 2 * f)
+            biases = (both.then(lambda b: b[0::2]), both.then(lambda b: b[1::2]), one("down_proj_bias", h))
+        gate, up = pairs.then(lambda w: w.T[0::2]), pairs.then(lambda w: w.T[1::2])
+        return load.ops.experts(gate, up, down.then(lambda w: w.T), biases, ffn.act)
+    if load.has(f"{block}.experts.gate_up_proj"):
+        rows = one("gate_up_proj", 2 * f, h)
+        gate, up = rows.then(lambda w: w[:f]), rows.then(lambda w: w[f:])
+        return load.ops.experts(gate, up, one("down_proj", h, f), None, ffn.act)
+    gate, up, down = (every(part, *shape) for part, shape in zip(names.parts, ((f, h), (f, h), (h, f)), strict=True))
+    return load.ops.experts(gate, up, down, None, ffn.act)
+
+
+def load_dense(
+    ffn: DenseFfn, hidden: int, gate_up: Sequence[str], down: str, load: Loader, transposed: bool = False
+) -> DenseLayer:
+    """Packs a feed-forward: `gate_up` names gate and up, or the one tensor of both, or without a gate up alone."""
+    out = load.linear([down], [hidden], ffn.size, ffn.bias, transposed)
+    if ffn.gated:
+        return DenseLayer(load.gated(gate_up, ffn.size, hidden, ffn.bias, ffn.act), out, act=None)
+    return DenseLayer(load.linear(gate_up, [ffn.size], hidden, ffn.bias, transposed), out, ffn.act)
+
+
+def load_ffn(spec: ModelSpec, layer: int, load: Loader, names: Names) -> DenseLayer | MoeLayer:
+    """Packs the feed-forward of one layer."""
+    ffn, prefix = spec.ffn[layer], names.layer(layer)
+    if isinstance(ffn, MoeFfn):
+        return load_moe(ffn, spec.hidden, prefix, load)
+    gate_up = [f"{prefix}.{name}" for name in names.gate_up]
+    return load_dense(ffn, spec.hidden, gate_up, f"{prefix}.{names.down}", load, names.transposed)

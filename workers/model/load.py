@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from workers.kernels.ops import Experts, Linear, Ops
-from workers.model.spec import MoeFfn
-from workers.model.weights import TensorSource
+from workers.kernels.ops import Linear, Ops
+from workers.model.weights import Part, TensorSource
 
 Progress = Callable[[int], None]  # called with the bytes read since the last call
 
@@ -18,15 +17,23 @@ class Loader:
     """Reads tensors of a source in the operations' dtype and packs them. `progress` hears of every tensor."""
 
     def __init__(self, source: TensorSource, ops: Ops, device: torch.device, progress: Progress | None = None) -> None:
-        self._source, self._ops, self._device = source, ops, device
-        self._progress = progress
+        self.ops = ops
+        self._source, self._device, self._progress = source, device, progress
 
-    def tensor(self, name: str, *shape: int) -> Tensor:
-        """Not a copy where dtype and device allow; whoever keeps it copies it."""
-        raw = self._source.get(name, shape)
+    @property
+    def wide(self) -> Loader:
+        """The same tensors for operations in float32."""
+        return Loader(self._source, self.ops.wide, self._device, self._progress)
+
+    def has(self, name: str) -> bool:
+        return name in self._source
+
+    def tensor(self, name: str, *shape: int, part: Part | None = None) -> Tensor:
+        """Not a copy where dtype and device allow; whoever keeps it copies it. `shape` is that of the whole."""
+        raw = self._source.get(name, shape, part)
         if self._progress is not None:
             self._progress(raw.numel() * raw.element_size())
-        return raw.to(self._device, self._ops.dtype)
+        return raw.to(self._device, self.ops.dtype)
 
     def vector(self, name: str, size: int) -> Tensor:
         return self.tensor(name, size).clone()
@@ -34,36 +41,36 @@ class Loader:
     def table(self, name: str, rows: int, width: int) -> Tensor:
         return self.tensor(name, rows, width).clone()
 
-    def linear(self, names: Sequence[str], rows: Sequence[int], k: int, bias: bool) -> Linear:
-        """One packed weight of several projections of the same input, their rows one after the other."""
-        weights = [self.tensor(f"{name}.weight", n, k) for name, n in zip(names, rows, strict=True)]
-        biases = [self.tensor(f"{name}.bias", n) for name, n in zip(names, rows, strict=True)] if bias else []
-        return self._ops.linear(_joined(weights), _joined(biases) if bias else None)
+    def linear(
+        self,
+        names: Sequence[str],
+        rows: Sequence[int],
+        k: int,
+        bias: bool,
+        transposed: bool = False,
+        order: Tensor | None = None,
+    ) -> Linear:
+        """One packed weight of several projections of the same input, their rows one after the other.
 
-    def swiglu(self, gate: str, up: str, size: int, k: int, bias: bool) -> Linear:
-        """The gated half of a feed-forward: silu(gate(x)) * up(x)."""
-        weights = [self.tensor(f"{name}.weight", size, k) for name in (gate, up)]
-        biases = [self.tensor(f"{name}.bias", size) if bias else None for name in (gate, up)]
-        return self._ops.swiglu(*weights, *biases)
-
-    def has(self, name: str) -> bool:
-        return name in self._source
-
-    def experts(self, block: str, ffn: MoeFfn, hidden: int) -> Experts:
-        """Experts as most checkpoints keep them, tensor by tensor, or fused as transformers 5 holds them in memory:
-
-        `{block}.experts.gate_up_proj` [E, 2F, H] and `{block}.experts.down_proj` [E, H, F].
+        `transposed`: they are kept as [K, N]. `order`: which of those rows comes where.
         """
-        if self.has(f"{block}.experts.gate_up_proj"):
-            gate_up = self.tensor(f"{block}.experts.gate_up_proj", ffn.experts, 2 * ffn.size, hidden)
-            down = self.tensor(f"{block}.experts.down_proj", ffn.experts, hidden, ffn.size)
-            gate, up = gate_up.chunk(2, dim=1)
-            return self._ops.experts(gate.unbind(0), up.unbind(0), down.unbind(0))
-        gates, ups, downs = (
-            [self.tensor(f"{block}.experts.{e}.{part}.weight", *shape) for e in range(ffn.experts)]
-            for part, shape in zip(ffn.parts, ((ffn.size, hidden), (ffn.size, hidden), (hidden, ffn.size)), strict=True)
-        )
-        return self._ops.experts(gates, ups, downs)
+        shapes = [(k, n) if transposed else (n, k) for n in rows]
+        weights = [self.tensor(f"{name}.weight", *shape) for name, shape in zip(names, shapes, strict=True)]
+        weight = _joined([w.T for w in weights] if transposed else weights)
+        b = _joined([self.tensor(f"{n}.bias", count) for n, count in zip(names, rows, strict=True)]) if bias else None
+        if order is not None:
+            weight, b = weight[order], None if b is None else b[order]
+        return self.ops.linear(weight, b)
+
+    def gated(self, names: Sequence[str], size: int, k: int, bias: bool, act: str) -> Linear:
+        """The gated half of a feed-forward, act(gate(x)) * up(x), from two projections or one of both."""
+        if len(names) == 1:
+            gate, up = self.tensor(f"{names[0]}.weight", 2 * size, k).split(size)
+            biases = self.tensor(f"{names[0]}.bias", 2 * size).split(size) if bias else (None, None)
+        else:
+            gate, up = (self.tensor(f"{name}.weight", size, k) for name in names)
+            biases = tuple(self.tensor(f"{name}.bias", size) if bias else None for name in names)
+        return self.ops.gated(gate, up, biases[0], biases[1], act)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

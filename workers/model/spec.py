@@ -1,29 +1,31 @@
-"""A Hugging Face `config.json` becomes one frozen ModelSpec: a vocabulary of features, not a class per family.
+"""What a decoder has to know, as one frozen value: a vocabulary of features, not a class per family.
 
-Reads both forms of the keys: transformers 5 (`rope_parameters`, `dtype`, `layer_types`) and before (`rope_theta`,
-`rope_scaling`, `torch_dtype`). Where a key may be absent, the default is that of the family's configuration class.
+`workers.model.config` reads a Hugging Face `config.json` into it; `workers.model.decoder` computes what it says.
+Every field's default is "as Llama does it".
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Literal
 
-from understudy.errors import CheckpointError
-
-T = TypeVar("T")
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "clamped"]
+"""gelu is exact (erf); clamped is the gated pair of gpt-oss, see `workers.kernels.ops.gated`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary positions. `kind` is default, linear (all wavelengths times `factor`) or llama3.
+    """Rotary positions (https://arxiv.org/abs/2104.09864) of the first `dim` components of a head (None: all).
 
-    llama3 stretches wavelengths longer than `original_context / low_freq_factor` by `factor`, leaves those shorter
-    than `original_context / high_freq_factor`, and interpolates between (Llama 3.1).
+    `kind` is default, linear, llama3, dynamic, yarn or longrope; `interleaved` pairs components (2i, 2i + 1) where
+    the others pair (i, i + dim / 2): resolved when weights are packed, so that the kernels know halves only.
+    `original_context` is the length that the model was first trained for.
+
+    linear: all wavelengths times `factor`. llama3 stretches wavelengths longer than `original_context /
+    low_freq_factor` by `factor`, leaves those shorter than `original_context / high_freq_factor`, and interpolates
+    between. dynamic: the row at position p is rotated as if the text were p + 1 long, wherever it is computed.
+    yarn: https://arxiv.org/abs/2309.00071. longrope: https://arxiv.org/abs/2402.13753; a sequence whose prompt is
+    longer than `original_context` uses `long_factor`, any other `short_factor`, to its end.
     """
 
     theta: float
@@ -32,42 +34,136 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 0
+    dim: int | None = None
+    interleaved: bool = False
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True  # yarn: whole dimensions bound the correction range
+    attention_factor: float | None = None  # cosines and sines are multiplied by it; None: as the kind defines
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """Vectors added to the embeddings: `learned` (a table in the checkpoint) or `sinusoidal`; row p + `offset`."""
+
+    kind: Literal["learned", "sinusoidal"]
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMSNorm, or LayerNorm with or without bias.
+
+    `unit` weights are kept as w - 1 (Gemma). `wide` multiplies in float32 and rounds once (Gemma, OLMo 2, gpt-oss)
+    where Llama rounds the normed value to the dtype first.
+    """
+
+    kind: Literal["rms", "layer"] = "rms"
+    eps: float = 1e-6
+    unit: bool = False
+    wide: bool = False
+    bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2, https://arxiv.org/abs/2405.04434).
+
+    The cache holds one vector of `rank` + `rope_dim` values per position and layer: the normed latent of keys and
+    values, and the rotated key that all heads share. `query_rank` None: queries are projected in one step.
+    """
+
+    rank: int
+    rope_dim: int
+    nope_dim: int
+    value_dim: int
+    query_rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Grouped-query attention: `heads` query heads share `kv_heads` heads of keys and values."""
+    """`heads` query heads share `kv_heads` heads of keys and values, each of `head_dim` components."""
 
     heads: int
     kv_heads: int
     head_dim: int
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: bool = False  # RMSNorm of each query and key head, before the rotation
+    qk_norm: Literal["head", "flat"] | None = None  # of each head, or of all heads' components as one vector
+    scale: float | None = None  # of q . k; None: head_dim ** -0.5
+    softcap: float | None = None  # scores become cap * tanh(score / cap)
+    sinks: bool = False  # a learned logit per head that takes weight and gives nothing (gpt-oss)
+    latent: Latent | None = None
+
+    @property
+    def cache_heads(self) -> int:
+        """Heads that the cache keeps."""
+        return 1 if self.latent else self.kv_heads
+
+    @property
+    def cache_dim(self) -> int:
+        """Components of a key in the cache."""
+        return self.latent.rank + self.latent.rope_dim if self.latent else self.head_dim
+
+    @property
+    def values_per_token(self) -> int:
+        """Numbers that one layer keeps of one position."""
+        return self.cache_dim if self.latent else 2 * self.kv_heads * self.head_dim
 
 
 @dataclass(frozen=True, slots=True)
 class DenseFfn:
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """`gated`: down(act(gate(x)) * up(x)), else down(act(up(x)))."""
 
     size: int
     bias: bool = False
+    act: Activation = "silu"
+    gated: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How a token's experts are chosen from the gate's logits.
+
+    `scoring`: softmax over all, sigmoid of each, or softmax over the chosen ones' logits only (chosen_softmax).
+    `groups` > 1: only experts of the `top_groups` best groups can be chosen; a group is as good as its best expert
+    (max) or the sum of its two best (top2). `bias`: a vector in the checkpoint is added to the scores for the choice
+    and not for the weight. `renormalize`: the chosen ones' weights sum to 1. Then all are multiplied by `scale`.
+    """
+
+    top_k: int
+    scoring: Literal["softmax", "sigmoid", "chosen_softmax"] = "softmax"
+    renormalize: bool = True
+    groups: int = 1
+    top_groups: int = 1
+    group_score: Literal["max", "top2"] = "max"
+    bias: bool = False
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class MoeFfn:
-    """A softmax gate over `experts` SwiGLU experts; the `top_k` likeliest are added by weight.
+    """`experts` gated experts of `size` behind a gate, added by weight in the order of the gate's slots.
 
-    `renormalize` makes the weights of the chosen ones sum to 1. `block` and `parts` are the tensors' names:
-    `{block}.gate.weight`, `{block}.experts.{e}.{part}.weight` for the parts gate, up, down.
+    `shared` > 0: a dense expert of that size that every token passes, added after the others; `shared_gate`: times
+    the sigmoid of a linear of the token (Qwen2-MoE). `bias`: experts have biases; `gate_bias`: so has the gate.
+    `wide_gate`: the gate computes in float32 (DeepSeek-V3). `names` says where the tensors lie.
     """
 
     size: int
     experts: int
-    top_k: int
-    renormalize: bool
-    block: str = "mlp"
-    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    route: Route
+    act: Activation = "silu"
+    bias: bool = False
+    gate_bias: bool = False
+    wide_gate: bool = False
+    shared: int = 0
+    shared_gate: bool = False
+    names: str = "qwen"  # a key of workers.model.ffn.NAMES
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +175,37 @@ class CacheGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class Block:
+    """How one layer's halves are joined with the residual stream.
+
+    pre: x += half(norm(x)). post: x = norm(x + half(x)) (OPT-350m). after: x += norm(half(x)) (OLMo 2).
+    sandwich: x += norm(half(norm(x))) (Gemma 2). `parallel`: x += attention(norm1(x)) + ffn(norm2(x)) (GPT-NeoX).
+    """
+
+    norms: Literal["pre", "post", "after", "sandwich"] = "pre"
+    parallel: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How the checkpoint keeps its large weights; see `workers.model.quantized`, which reads them.
+
+    mxfp4: 32 values of 4 bits along a row share a scale of 8 bits (OCP MX 1.0). fp8: float8_e4m3fn, with one scale
+    per `block` of [rows, columns].
+    """
+
+    method: Literal["mxfp4", "fp8"]
+    block: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """What a decoder has to know. Sizes in elements; `dtype` float32, bfloat16 or float16 is the checkpoint's."""
+    """Sizes in elements; `dtype` float32, bfloat16 or float16 is the checkpoint's.
+
+    `rope[i]` is layer i's (None: it has no rotary positions); equal values share one table. `embed_scale` multiplies
+    the embeddings. `embed_dim` is their width where it differs from `hidden` (projected in and out: OPT-350m).
+    `final_norm`: one before the head. `final_softcap`: of the logits. `names` says how the checkpoint names tensors.
+    """
 
     architecture: str
     dtype: str
@@ -88,256 +213,27 @@ class ModelSpec:
     hidden: int
     layers: int
     max_context: int
-    norm_eps: float
+    norm: Norm
     tie_embeddings: bool
     attention: Attention
-    rope: Rope
+    rope: tuple[Rope | None, ...]  # one per layer
     ffn: tuple[DenseFfn | MoeFfn, ...]  # one per layer
     groups: tuple[CacheGroup, ...]
+    positions: Positions | None = None
+    block: Block = Block()
+    embed_scale: float = 1.0
+    embed_dim: int | None = None
+    final_norm: bool = True
+    final_softcap: float | None = None
+    names: str = "llama"  # a key of workers.model.names.NAMES
+    quantization: Quantization | None = None
 
     @property
     def layer_group(self) -> tuple[int, ...]:
         """The index into `groups` of each layer."""
         return tuple(next(g for g, group in enumerate(self.groups) if i in group.layers) for i in range(self.layers))
 
-
-class _Keys:
-    """Typed access to the keys of one config.json; every error names the file, the key and the value."""
-
-    def __init__(self, data: Mapping[str, Any], path: str) -> None:
-        self.data, self.path = data, path
-
-    def fail(self, message: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {message}")
-
-    def need(self, key: str, kind: type[T]) -> T:
-        if self.data.get(key) is None:
-            raise self.fail(f"{key} is missing")
-        return self._typed(key, self.data[key], kind)
-
-    def get(self, key: str, kind: type[T], default: T) -> T:
-        """The default stands in for an absent key and for null."""
-        value = self.data.get(key)
-        return default if value is None else self._typed(key, value, kind)
-
-    def size(self, key: str, default: int | None = None, most: int = 1 << 31) -> int:
-        value = self.need(key, int) if default is None else self.get(key, int, default)
-        if not 1 <= value <= most:
-            raise self.fail(f"{key} is {value}, must be within 1 and {most}")
-        return value
-
-    def layers(self) -> int:
-        return self.size("num_hidden_layers", most=10_000)
-
-    def _typed(self, key: str, value: Any, kind: type[T]) -> T:
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value) if abs(value) < 1 << 1000 else math.inf
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise self.fail(f"{key} is {value!r}, must be of type {kind.__name__}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise self.fail(f"{key} is {value}, must be finite")
-        return value
-
-
-def _head_sizes(keys: _Keys, kv_heads: int | None = None, head_dim: int | None = None) -> tuple[int, int, int]:
-    """(query heads, key-value heads, head size); the arguments are the family's defaults."""
-    hidden, heads = keys.size("hidden_size"), keys.size("num_attention_heads")
-    kv = keys.size("num_key_value_heads", kv_heads or heads)
-    if heads % kv:
-        raise keys.fail(f"num_attention_heads is {heads}, not a multiple of num_key_value_heads, which is {kv}")
-    if keys.data.get("head_dim") is None and head_dim is None and hidden % heads:
-        raise keys.fail(f"hidden_size is {hidden}, not a multiple of num_attention_heads, which is {heads}")
-    size = keys.size("head_dim", head_dim or hidden // heads)
-    if size % 2:
-        raise keys.fail(f"head_dim is {size}, must be even for rotary positions")
-    return heads, kv, size
-
-
-def _rope(keys: _Keys, theta: float = 10000.0) -> Rope:
-    new = keys.get("rope_parameters", dict, {})
-    given = new or keys.get("rope_scaling", dict, {})
-    where = "rope_parameters" if new else "rope_scaling"
-    values = _Keys(given, f"{keys.path}: {where}")
-    kind = values.get("rope_type", str, values.get("type", str, "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise keys.fail(f"{where} has type {kind!r}; known are default, linear, llama3")
-    share = values.get("partial_rotary_factor", float, keys.get("partial_rotary_factor", float, 1.0))
-    if share != 1.0:
-        raise keys.fail(f"partial_rotary_factor is {share}; only 1.0 is known for this architecture")
-    base = values.get("rope_theta", float, keys.get("rope_theta", float, theta))
-    if base <= 0:
-        raise keys.fail(f"rope_theta is {base}, must be above 0")
-    if kind == "default":
-        return Rope(base)
-    factor = values.need("factor", float)
-    if factor <= 0:
-        raise values.fail(f"factor is {factor}, must be above 0")
-    if kind == "linear":
-        return Rope(base, kind, factor)
-    low, high = values.need("low_freq_factor", float), values.need("high_freq_factor", float)
-    if not 0 < low < high:
-        raise values.fail(f"low_freq_factor is {low} and high_freq_factor {high}; must be 0 < low < high")
-    original = values.size("original_max_position_embeddings", keys.size("max_position_embeddings"))
-    return Rope(base, kind, factor, low, high, original)
-
-
-def _dense(keys: _Keys, bias: bool = False) -> tuple[DenseFfn | MoeFfn, ...]:
-    return (DenseFfn(keys.size("intermediate_size"), bias),) * keys.layers()
-
-
-def _top_k(keys: _Keys, experts: int, default: int) -> int:
-    top_k = keys.size("num_experts_per_tok", default)
-    if top_k > experts:
-        raise keys.fail(f"num_experts_per_tok is {top_k}, more than the {experts} experts")
-    return top_k
-
-
-Windows = list[int | None]
-Features = tuple[Attention, Rope, tuple[DenseFfn | MoeFfn, ...], Windows]
-
-
-def _window(keys: _Keys, default: int | None) -> int | None:
-    """`sliding_window`: null means none, absent means the family's default."""
-    if "sliding_window" in keys.data and keys.data["sliding_window"] is None:
-        return None
-    return keys.size("sliding_window") if "sliding_window" in keys.data else default
-
-
-def _windows_by_layer(keys: _Keys, default: int) -> Windows:
-    """Qwen's: `layer_types` where given, else full attention below `max_window_layers` and windows from there on."""
-    layers = keys.layers()
-    window = _window(keys, default) if keys.get("use_sliding_window", bool, False) else None
-    types = keys.data.get("layer_types")
-    if types is None:
-        first = keys.get("max_window_layers", int, 28)
-        return [window if i >= first else None for i in range(layers)]
-    if not isinstance(types, list) or len(types) != layers:
-        raise keys.fail(f"layer_types is {types!r}, must list one type for each of num_hidden_layers = {layers}")
-    for kind in types:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise keys.fail(f"layer_types has {kind!r}; known are full_attention, sliding_attention")
-    if window is None and "sliding_attention" in types:
-        raise keys.fail("layer_types has 'sliding_attention', but no sliding_window is in use")
-    return [window if kind == "sliding_attention" else None for kind in types]
-
-
-def _llama(keys: _Keys) -> Features:
-    bias = keys.get("attention_bias", bool, False)
-    attention = Attention(*_head_sizes(keys), qkv_bias=bias, out_bias=bias)
-    windows: Windows = [None] * keys.layers()
-    return attention, _rope(keys), _dense(keys, keys.get("mlp_bias", bool, False)), windows
-
-
-def _mistral(keys: _Keys) -> Features:
-    windows = [_window(keys, 4096)] * keys.layers()
-    return Attention(*_head_sizes(keys, 8)), _rope(keys), _dense(keys), windows
-
-
-def _qwen2(keys: _Keys) -> Features:
-    attention = Attention(*_head_sizes(keys, 32), qkv_bias=True)
-    return attention, _rope(keys), _dense(keys), _windows_by_layer(keys, 4096)
-
-
-def _qwen3(keys: _Keys) -> Features:
-    bias = keys.get("attention_bias", bool, False)
-    attention = Attention(*_head_sizes(keys, 32, 128), qkv_bias=bias, out_bias=bias, qk_norm=True)
-    return attention, _rope(keys), _dense(keys), _windows_by_layer(keys, 4096)
-
-
-def _mixtral(keys: _Keys) -> Features:
-    experts = keys.size("num_local_experts", 8)
-    names = ("block_sparse_moe", ("w1", "w3", "w2"))
-    moe = MoeFfn(keys.size("intermediate_size"), experts, _top_k(keys, experts, 2), True, *names)
-    layers = keys.layers()
-    return Attention(*_head_sizes(keys, 8)), _rope(keys, 1e6), (moe,) * layers, [_window(keys, None)] * layers
-
-
-def _qwen3_moe(keys: _Keys) -> Features:
-    layers = keys.layers()
-    bias = keys.get("attention_bias", bool, False)
-    attention = Attention(*_head_sizes(keys, 4), qkv_bias=bias, out_bias=bias, qk_norm=True)
-    experts = keys.size("num_experts", keys.size("num_local_experts", 128))
-    renormalize = keys.get("norm_topk_prob", bool, False)
-    moe = MoeFfn(keys.size("moe_intermediate_size", 768), experts, _top_k(keys, experts, 8), renormalize)
-    step = keys.size("decoder_sparse_step", 1)
-    dense_layers = keys.get("mlp_only_layers", list, [])
-    sparse = [i not in dense_layers and (i + 1) % step == 0 for i in range(layers)]
-    dense = None if all(sparse) else DenseFfn(keys.size("intermediate_size"))
-    ffn = tuple(moe if is_sparse or dense is None else dense for is_sparse in sparse)
-    window = _window(keys, 4096) if keys.get("use_sliding_window", bool, False) else None
-    return attention, _rope(keys), ffn, [window] * layers
-
-
-_FAMILIES: dict[str, Callable[[_Keys], Features]] = {
-    "LlamaForCausalLM": _llama,
-    "MistralForCausalLM": _mistral,
-    "MixtralForCausalLM": _mixtral,
-    "Qwen2ForCausalLM": _qwen2,
-    "Qwen3ForCausalLM": _qwen3,
-    "Qwen3MoeForCausalLM": _qwen3_moe,
-}
-ARCHITECTURES = tuple(_FAMILIES)
-_EPS = {"MixtralForCausalLM": 1e-5}
-_DTYPES = ("float32", "bfloat16", "float16")
-
-
-def parse_config(config: Mapping[str, Any], path: str = "config.json") -> ModelSpec:
-    """The spec that a `config.json` means. `path` is for the errors.
-
-    Raises CheckpointError for an architecture, a feature or a value that is unknown, missing or contradictory.
-    """
-    keys = _Keys(config, path)
-    names = keys.get("architectures", list, [])
-    architecture = next((name for name in names if isinstance(name, str) and name in _FAMILIES), None)
-    if architecture is None:
-        said = ", ".join(map(repr, names)) or "missing"
-        raise keys.fail(f"architectures is {said}; known are {', '.join(_FAMILIES)}")
-    if config.get("quantization_config"):
-        method = keys.need("quantization_config", dict).get("quant_method", "unnamed")
-        raise keys.fail(f"quantization_config: weights quantized by {method!r} are not read; use a 16-bit checkpoint")
-    activation = keys.get("hidden_act", str, "silu")
-    if activation not in ("silu", "swish"):
-        raise keys.fail(f"hidden_act is {activation!r}; known is silu")
-    attention, rope, ffn, windows = _FAMILIES[architecture](keys)
-    context = keys.size("max_position_embeddings")
-    return ModelSpec(
-        architecture=architecture,
-        dtype=_dtype(keys),
-        vocab_size=keys.size("vocab_size"),
-        hidden=keys.size("hidden_size"),
-        layers=len(windows),
-        max_context=context,
-        norm_eps=keys.get("rms_norm_eps", float, _EPS.get(architecture, 1e-6)),
-        tie_embeddings=keys.get("tie_word_embeddings", bool, False),
-        attention=attention,
-        rope=rope,
-        ffn=ffn,
-        groups=_groups([None if w is not None and w >= context else w for w in windows]),
-    )
-
-
-def _dtype(keys: _Keys) -> str:
-    dtype = keys.get("dtype", str, keys.get("torch_dtype", str, "float32")).removeprefix("torch.")
-    if dtype not in _DTYPES:
-        raise keys.fail(f"dtype is {dtype!r}; known are {', '.join(_DTYPES)}")
-    return dtype
-
-
-def _groups(windows: Windows) -> tuple[CacheGroup, ...]:
-    """Layers of one window are one group, in the order of their first layer."""
-    distinct = list(dict.fromkeys(windows))
-    return tuple(CacheGroup(w, tuple(i for i, other in enumerate(windows) if other == w)) for w in distinct)
-
-
-def read_spec(model_dir: Path) -> ModelSpec:
-    """The spec of the checkpoint in a directory. Raises CheckpointError that names the file."""
-    path = model_dir / "config.json"
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file; a checkpoint directory has a config.json") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, holds a {type(config).__name__}")
-    return parse_config(config, str(path))
+    @property
+    def long_prompt(self) -> int | None:
+        """Prompts longer than this are rotated by other tables (longrope); None: there is one kind of prompt."""
+        return next((r.original_context for r in self.rope if r is not None and r.kind == "longrope"), None)

@@ -25,7 +25,15 @@ from workers.model.spec import ModelSpec
 log = logging.getLogger("understudy")
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.uint8,
+}
+VALUES = ("F32", "F16", "BF16")  # dtypes whose elements are what they stand for, without a scale
 _MAX_HEADER = 100_000_000  # bytes; the format's own bound
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
@@ -75,11 +83,15 @@ class Checkpoint:
         return name in self.entries
 
     def nbytes(self, name: str) -> int:
-        """Bytes of a tensor on disk; 0 where there is none of that name."""
+        """Bytes of a tensor as `get` gives it; 0 where there is none of that name."""
         entry = self.entries.get(name)
         return entry.stop - entry.start if entry else 0
 
     def get(self, name: str, shape: tuple[int, ...], part: Part | None = None) -> Tensor:
+        return self.stored(name, shape, VALUES, part)
+
+    def stored(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...], part: Part | None = None) -> Tensor:
+        """`get` of a tensor that may be of `dtypes` only, elements as they lie on disk."""
         entry = self.entries.get(name)
         if entry is None:
             raise CheckpointError(f"{self.model_dir}: tensor {name} is missing from its {len(self._maps)} file(s)")
@@ -87,9 +99,12 @@ class Checkpoint:
             raise CheckpointError(
                 f"{entry.file}: tensor {name} has shape {list(entry.shape)}, config.json implies {list(shape)}"
             )
-        if entry.dtype not in _DTYPES:
-            known = ", ".join(_DTYPES)
-            raise CheckpointError(f"{entry.file}: tensor {name} has dtype {entry.dtype}; known are {known}")
+        if entry.dtype not in dtypes:
+            known = ", ".join(dtypes)
+            raise CheckpointError(
+                f"{entry.file}: tensor {name} has dtype {entry.dtype}; known are {known}, and scaled weights only "
+                "where quantization_config in config.json says how"
+            )
         self._used.add(name)
         whole = self._view(entry)
         return whole if part is None else whole.narrow(part.dim, part.start, part.stop - part.start)

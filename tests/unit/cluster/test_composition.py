@@ -135,7 +135,7 @@ def test_a_host_that_is_not_ours_is_named(checkpoint: Path, tmp_path: Path) -> N
 def test_files_are_looked_at_before_anything_starts(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.model.spec.read_spec", lambda _: None)
+    monkeypatch.setattr("workers.model.config.read_spec", lambda _: None)
     tokens = tmp_path / "tokens"
     tokens.write_text("secret\n")
     with pytest.raises(ConfigError, match="line 1: has 1 words") as caught:

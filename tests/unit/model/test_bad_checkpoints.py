@@ -116,7 +116,7 @@ def test_unexpected_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     refused(write(tmp_path, tensors() | {Q: torch.zeros(16, 16).to(dtype)}), Q, name, "F32, F16, BF16")
 
 
-@pytest.mark.parametrize("architectures", [["GPT2LMHeadModel"], [], ["LlamaForSequenceClassification"]])
+@pytest.mark.parametrize("architectures", [["BloomForCausalLM"], [], ["LlamaForSequenceClassification"]])
 def test_unknown_architecture_lists_the_known_ones(tmp_path: Path, architectures: list[str]) -> None:
     known = "LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
     refused(write(tmp_path, architectures=architectures), "config.json", *architectures, known)
@@ -135,9 +135,19 @@ def test_unknown_architecture_lists_the_known_ones(tmp_path: Path, architectures
         ({"head_dim": 3}, ["head_dim is 3", "even"]),
         ({"hidden_act": "gelu"}, ["hidden_act is 'gelu'", "silu"]),
         ({"torch_dtype": "int8"}, ["dtype is 'int8'", "float32, bfloat16, float16"]),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["rope_scaling", "'yarn'", "default, linear, llama3"]),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["'dynamic'"]),
-        ({"rope_parameters": {"rope_type": "longrope"}}, ["rope_parameters", "'longrope'"]),
+        ({"rope_scaling": {"rope_type": "mrope", "factor": 2.0}}, ["rope_scaling", "'mrope'", "default, linear"]),
+        ({"rope_scaling": {"type": "dynamic"}}, ["rope_scaling", "factor is missing"]),
+        ({"rope_scaling": {"type": "yarn", "factor": -1}}, ["factor is -1.0"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 1}}, ["'yarn'", "1"]),
+        ({"rope_parameters": {"rope_type": "longrope"}}, ["rope_parameters", "short_factor is missing"]),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0]}},
+            ["short_factor has 1 values", "2"],
+        ),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0, 0], "long_factor": [1.0, 2.0]}},
+            ["short_factor has 0.0"],
+        ),
         ({"rope_scaling": {"type": "linear"}}, ["rope_scaling", "factor is missing"]),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, ["factor is 0.0"]),
         (

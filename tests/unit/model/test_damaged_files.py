@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tiny_checkpoint import CONFIG, tensors, write
 
 from understudy.errors import CheckpointError
-from workers.model.spec import ModelSpec, parse_config
+from workers.model.config import parse_config
+from workers.model.spec import ModelSpec
 from workers.model.weights import Checkpoint
 
 JSON = st.recursive(

@@ -15,7 +15,7 @@ from workers.engine.contract import EngineConfig
 from workers.engine.plan import Chunk, StepPlan
 from workers.engine.runner import Runner, cache_size, left_in_group
 from workers.kernels.plain import PlainOps
-from workers.model.spec import read_spec
+from workers.model.config import read_spec
 from workers.model.weights import Checkpoint, Part
 
 

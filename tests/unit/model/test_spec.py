@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_checkpoint import CONFIG
 
-from workers.model.spec import Attention, CacheGroup, DenseFfn, MoeFfn, Rope, parse_config
+from workers.model.config import parse_config
+from workers.model.spec import Attention, CacheGroup, DenseFfn, MoeFfn, Norm, Rope, Route
 
 
 def config(architecture: str = "LlamaForCausalLM", **changes: Any) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def test_llama() -> None:
     assert spec.attention == Attention(heads=4, kv_heads=2, head_dim=4)
     assert spec.ffn == (DenseFfn(24), DenseFfn(24))
     assert spec.groups == (CacheGroup(None, (0, 1)),)
-    assert (spec.rope, spec.dtype, spec.norm_eps) == (Rope(10000.0), "float32", 1e-5)
+    assert (spec.rope, spec.dtype, spec.norm) == ((Rope(10000.0),) * 2, "float32", Norm(eps=1e-5))
     assert not spec.tie_embeddings
 
 
@@ -52,7 +53,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
     ],
 )
 def test_both_forms_of_rope(form: dict[str, Any]) -> None:
-    assert parse_config(config(**form)).rope == Rope(5e5, "llama3", 8.0, 1.0, 4.0, 8192)
+    assert parse_config(config(**form)).rope[0] == Rope(5e5, "llama3", 8.0, 1.0, 4.0, 8192)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_both_forms_of_rope(form: dict[str, Any]) -> None:
 )
 def test_theta_where_none_is_given(architecture: str, theta: float) -> None:
     given_keys = config(architecture, rope_theta=DROP, num_key_value_heads=2)
-    assert parse_config(given_keys).rope == Rope(theta)
+    assert parse_config(given_keys).rope == (Rope(theta),) * 2
 
 
 @pytest.mark.parametrize("form", [{"dtype": "bfloat16", "torch_dtype": DROP}, {"torch_dtype": "bfloat16"}])
@@ -104,14 +105,14 @@ def test_groups_of_qwen(architecture: str, changes: dict[str, Any], groups: tupl
 
 def test_features_of_the_qwen_families() -> None:
     assert parse_config(config("Qwen2ForCausalLM")).attention == Attention(4, 2, 4, qkv_bias=True)
-    assert parse_config(config("Qwen3ForCausalLM")).attention == Attention(4, 2, 128, qk_norm=True)
+    assert parse_config(config("Qwen3ForCausalLM")).attention == Attention(4, 2, 128, qk_norm="head")
     assert parse_config(config("Qwen3ForCausalLM", head_dim=8)).attention.head_dim == 8
 
 
 def test_mixtral() -> None:
     spec = parse_config(config("MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2, rms_norm_eps=DROP))
-    assert spec.ffn[1] == MoeFfn(24, 4, 2, True, "block_sparse_moe", ("w1", "w3", "w2"))
-    assert spec.norm_eps == 1e-5
+    assert spec.ffn[1] == MoeFfn(24, 4, Route(2), names="mixtral")
+    assert spec.norm.eps == 1e-5
 
 
 @pytest.mark.parametrize("key", ["num_experts", "num_local_experts"])
@@ -127,7 +128,7 @@ def test_mixtral() -> None:
 def test_qwen3_moe(key: str, changes: dict[str, Any], sparse: list[bool]) -> None:
     sizes = {key: 8, "num_experts_per_tok": 3, "moe_intermediate_size": 12, "norm_topk_prob": True}
     spec = parse_config(config("Qwen3MoeForCausalLM", num_hidden_layers=4, **sizes, **changes))
-    assert spec.ffn == tuple(MoeFfn(12, 8, 3, True) if s else DenseFfn(24) for s in sparse)
+    assert spec.ffn == tuple(MoeFfn(12, 8, Route(3)) if s else DenseFfn(24) for s in sparse)
 
 
 @settings(derandomize=True, deadline=None)
@@ -142,5 +143,5 @@ def test_groups_share_out_the_layers(types: list[str]) -> None:
 
 
 def test_the_spec_is_read_without_torch() -> None:
-    code = "import sys, workers.model.spec; sys.exit('torch' in sys.modules)"
+    code = "import sys, workers.model.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
