@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from paged_runner import paged_engine
 
-from workers.engine import Engine, EngineConfig, FinishReason, Request, Sampling, SequenceOutput
+from workers.engine import Engine, EngineConfig, FinishReason, Interjection, Probe, Request, Sampling, SequenceOutput
 from workers.engine.build import build_engine
 from workers.engine.fake import FakeEngine
 
@@ -248,3 +248,62 @@ def test_outputs_come_in_the_order_of_admission(case: Case):
     for i in range(4):
         case.engine.add(Request(f"r{i}", [i], 5, GREEDY))
     assert [o.id for o in case.engine.step()] == ["r0", "r1", "r2", "r3"]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=8)], ids=["greedy", "drawn"])
+def test_a_family_gives_each_what_it_has_alone(case: Case, sampling: Sampling):
+    prompt = list(range(40))
+    members = [Request(f"r{i}", prompt, 6, sampling, index=i, family="f", priority=i % 2) for i in range(5)]
+    together = finish(case.engine, *members)
+    for member in members:
+        (alone,) = finish(case.another(), member).values()
+        assert tokens(together[member.id]) == tokens(alone)
+    assert {o[0].cached_tokens for o in together.values()} == {0}
+    case.engine.add(members[0])
+    case.engine.add(members[1])
+    case.engine.step()
+    case.engine.cancel("r0")
+    rest = finish(case.engine)
+    assert rest["r0"][-1].finish is FinishReason.CANCELLED
+
+
+@pytest.mark.parametrize("length", [1, 2, 50, 100])
+def test_prompt_logprobs_come_first_and_once(case: Case, length: int):
+    prompt = [i % 90 for i in range(length)]
+    finish(case.engine, Request("warm", prompt, 1, GREEDY))
+    outputs = finish(case.engine, Request("a", prompt, 3, GREEDY, prompt_logprobs=2))["a"]
+    told = outputs[0].prompt_logprobs
+    assert told is not None
+    assert len(told) == length - 1
+    assert all(len(p.top) == 2 and p.logprob <= 0 and p.rank >= 1 for p in told)
+    assert outputs[0].cached_tokens == 0
+    assert all(o.prompt_logprobs is None for o in outputs[1:])
+    (elsewhere,) = finish(case.another(), Request("a", prompt, 3, GREEDY, prompt_logprobs=2)).values()
+    assert elsewhere[0].prompt_logprobs == told
+
+
+def test_a_probe_gives_one_trace_for_each_token(case: Case):
+    request = Request("a", [1, 2, 3], 5, Sampling(seed=1), probe=Probe(candidates=3, attention=[0]))
+    outputs = finish(case.engine, request, Request("b", [1, 2, 3], 5, Sampling(seed=1)))
+    traces = [t for o in outputs["a"] for t in o.traces or []]
+    assert tokens(outputs["a"]) == tokens(outputs["b"])
+    assert len(traces) == 5
+    for token, trace in zip(tokens(outputs["a"]), traces, strict=True):
+        assert token in [c.token for c in trace.candidates]
+        assert len(trace.candidates) in (3, 4)
+    assert all(o.traces is None for o in outputs["b"])
+
+
+def test_an_interjection_is_said_at_its_place(case: Case):
+    request = Request("a", [1, 2, 3], 9, Sampling(seed=1), interjection=Interjection(3, [11, 12]))
+    answer = tokens(finish(case.engine, request)["a"])
+    assert answer[3:5] == [11, 12]
+    resumed = Request("b", [1, 2, 3], 9, Sampling(seed=1), interjection=request.interjection, generated=answer[:4])
+    assert tokens(finish(case.another(), resumed)["b"]) == answer[4:]
+
+
+def test_barred_and_biased_tokens(case: Case):
+    answer = tokens(finish(case.engine, Request("a", [1, 2, 3], 4, GREEDY))["a"])
+    sampling = Sampling(temperature=0, bad_words=[[answer[0]]])
+    barred = tokens(finish(case.engine, Request("b", [1, 2, 3], 4, sampling))["b"])
+    assert answer[0] not in barred

@@ -2,7 +2,8 @@
 measure the service around it.
 
 The token at position i of an answer depends on the prompt, the seed, the sequence index and i alone, so that an
-answer that goes on in another fake goes on identically.
+answer that goes on in another fake goes on identically. Of what a request may ask for it keeps ends, minimum, bad
+words and interjections; penalties, biases and formats are ignored, and probabilities are made up.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from workers.engine.contract import (
     TokenLogprob,
     TokenTrace,
 )
-from workers.engine.sequence import finish_of
+from workers.engine.sequence import begun_words, finish_of, forced_id
 
 BLOCK_TOKENS = 16
 _MASK = (1 << 64) - 1
@@ -40,6 +41,7 @@ class _Running:
     made: int
     cached: int
     blocks: list[bytes]
+    tokens: list[int]
     reported: bool = False
 
 
@@ -95,6 +97,7 @@ class FakeEngine:
         self._waiting: dict[str, Request] = {}
         self._running: dict[str, _Running] = {}
         self._ended: list[SequenceOutput] = []  # cancelled or refused, told by the next step
+        self._families: dict[tuple[str, str], int] = {}  # what the first member found cached; while work is there
         self._cached: dict[bytes, None] = {}  # block keys, oldest first
         self._stats = EngineStats()
         self._failures: list[Exception] = []
@@ -168,6 +171,8 @@ class FakeEngine:
     # One step.
 
     def _admit(self) -> None:
+        if not self._running:
+            self._families.clear()
         for id in sorted(self._waiting, key=lambda id: -self._waiting[id].priority):
             if len(self._running) >= self._info.max_running:
                 return
@@ -184,8 +189,18 @@ class FakeEngine:
                 cached += BLOCK_TOKENS
             self._stats.queried_tokens += len(request.prompt)
             self._stats.hit_tokens += cached
+        if request.family and request.prompt_logprobs is None:
+            cached = self._families.setdefault((request.family, request.cache_salt), cached)
         left = len(request.prompt) + len(request.generated) - cached
-        return _Running(request, int.from_bytes(digest, "little"), left, len(request.generated), cached, keys)
+        return _Running(
+            request,
+            int.from_bytes(digest, "little"),
+            left,
+            len(request.generated),
+            cached,
+            keys,
+            [*request.prompt, *request.generated],
+        )
 
     def _blocks(self, request: Request) -> list[bytes]:
         """Keys of the full blocks of a prompt, each over its parent; the last token is always left to compute."""
@@ -226,6 +241,7 @@ class FakeEngine:
         else:
             token = self._next(sequence)
             sequence.made += 1
+            sequence.tokens.append(token)
             self._stats.generated_tokens += 1
             output.token_ids = [token]
             if request.logprobs is not None:
@@ -251,7 +267,11 @@ class FakeEngine:
         early = position < request.min_tokens
         if scripted is not None and request.eos_ids and not early:
             return request.eos_ids[0]
+        place = (sequence.tokens, len(request.prompt), len(sequence.tokens))
+        if request.interjection is not None and (forced := forced_id(request.interjection, *place)) is not None:
+            return forced
         barred = {*request.eos_ids, *request.stop_ids} if early else set()
+        barred.update(begun_words(request.sampling.bad_words, *place))
         token = fake_token(sequence.key, position, self._info.vocab_size)
         while token in barred:
             token = (token + 1) % self._info.vocab_size

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from workers.cache.manager import BlockTable
-from workers.engine.contract import FinishReason, Request, TokenLogprob
+from workers.engine.contract import FinishReason, Interjection, Request, TokenLogprob
 
 if TYPE_CHECKING:
     from workers.engine.family import Family
@@ -80,3 +80,24 @@ def finish_of(request: Request, made: int, last: Tokens[int]) -> FinishReason | 
         if last[0] in request.stop_ids:
             return FinishReason.STOP_TOKEN
     return FinishReason.LENGTH if made >= request.max_tokens else None
+
+
+def forced_id(rule: Interjection, tokens: Tokens[int], start: int, end: int) -> int | None:
+    """The id that must follow the answer tokens[start:end]; None where it is free."""
+    at = end - start - rule.after
+    if not 0 <= at < len(rule.ids):
+        return None
+    width, before = len(rule.ids), start + rule.after
+    if any(tokens[i : i + width] == rule.ids for i in range(start, before - width + 1)):
+        return None
+    return rule.ids[at]
+
+
+def begun_words(words: Tokens[list[int]], tokens: Tokens[int], start: int, end: int) -> list[int]:
+    """The ids that would complete one of `words` after the answer tokens[start:end]."""
+    found = []
+    for word in words:
+        first = end - len(word) + 1
+        if word and first >= start and tokens[first:end] == word[:-1]:
+            found.append(word[-1])
+    return found

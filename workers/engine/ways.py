@@ -12,10 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from workers.engine.contract import Interjection, Request
+from workers.engine.contract import Request
 from workers.engine.formats import Bits, Matcher, mask_words
 from workers.engine.penalties import Bias, Penalized, Seen, penalizes
 from workers.engine.sampler import Extra
+from workers.engine.sequence import begun_words, forced_id
 
 
 def asks(request: Request) -> bool:
@@ -78,27 +79,11 @@ class Ways:
     def _barred(self, tokens: Sequence[int], end: int) -> Sequence[int]:
         if not self._bad_words or end == self._start:
             return self._bad_ids
-        barred = list(self._bad_ids)
-        for word in self._bad_words.get(tokens[end - 1], ()):
-            first = end - len(word) + 1
-            if first >= self._start and tokens[first:end] == word[:-1]:
-                barred.append(word[-1])
-        return barred
+        return [*self._bad_ids, *begun_words(self._bad_words.get(tokens[end - 1], ()), tokens, self._start, end)]
 
     def _forced(self, tokens: Sequence[int], end: int) -> int | None:
         rule = self._request.interjection
         return None if rule is None else forced_id(rule, tokens, self._start, end)
-
-
-def forced_id(rule: Interjection, tokens: Sequence[int], start: int, end: int) -> int | None:
-    """The id that must follow the answer tokens[start:end]; None where it is free."""
-    at = end - start - rule.after
-    if not 0 <= at < len(rule.ids):
-        return None
-    width, before = len(rule.ids), start + rule.after
-    if any(tokens[i : i + width] == rule.ids for i in range(start, before - width + 1)):
-        return None
-    return rule.ids[at]
 
 
 def masks_of(matcher: Matcher, drafts: Sequence[int], ends: Sequence[int], vocab_size: int) -> list[tuple[Bits, bool]]:
