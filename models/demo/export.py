@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from bpe import END_OF_TEXT, RESERVED, SPECIAL
 from model import Decoder, Shape
+from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -39,6 +40,30 @@ def named_weights(model: Decoder) -> dict[str, Tensor]:
             out[expert + "w1.weight"], out[expert + "w3.weight"] = w1, w3
             out[expert + "w2.weight"] = layer.experts.w2[e].t()  # [H, I]
     return {name: w.detach().to(torch.bfloat16).contiguous().clone() for name, w in out.items()}
+
+
+def load_weights(model: Decoder, path: Path) -> None:
+    """The inverse of `named_weights`: a checkpoint's bfloat16 weights into the model."""
+    given = from_safetensors(path.read_bytes())
+
+    def take(name: str) -> Tensor:
+        return given[name].float()
+
+    with torch.no_grad():
+        model.embed.weight.copy_(take("model.embed_tokens.weight"))
+        model.norm.weight.copy_(take("model.norm.weight"))
+        for i, layer in enumerate(model.layers):
+            at = f"model.layers.{i}."
+            layer.input_norm.weight.copy_(take(at + "input_layernorm.weight"))
+            layer.expert_norm.weight.copy_(take(at + "post_attention_layernorm.weight"))
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                getattr(layer.attention, name).weight.copy_(take(f"{at}self_attn.{name}.weight"))
+            layer.experts.gate.weight.copy_(take(at + "block_sparse_moe.gate.weight"))
+            for e in range(model.s.experts):
+                expert = f"{at}block_sparse_moe.experts.{e}."
+                both = torch.stack([take(expert + "w1.weight"), take(expert + "w3.weight")])  # [2, I, H]
+                layer.experts.w13[:, e].copy_(both.mT)
+                layer.experts.w2[e].copy_(take(expert + "w2.weight").t())
 
 
 def config(s: Shape, tokenizer: Tokenizer) -> dict[str, object]:

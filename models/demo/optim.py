@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from model import FAST
 from torch import Tensor, nn
 
 
@@ -20,7 +21,7 @@ class Muon(torch.optim.Optimizer):
     @staticmethod
     def orthogonal(g: Tensor, rounds: int = 5) -> Tensor:
         """Newton-Schulz: g [..., R, C] -> its singular vectors, with singular values near one."""
-        x = g.bfloat16()
+        x = g.to(FAST)
         flip = x.shape[-2] > x.shape[-1]
         x = x.mT if flip else x
         x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

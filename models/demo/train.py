@@ -25,8 +25,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from bpe import train_tokenizer
 from chats import make_documents
-from export import export
-from model import Decoder, Shape
+from export import export, load_weights
+from model import FAST, Decoder, Shape
 from optim import lr_scale, optimizers
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -146,13 +146,16 @@ def run(rank: int, args: argparse.Namespace) -> None:
             o.load_state_dict(s)
         step, spent = state["step"], state["spent"]
     elif args.start_from:
-        model.load_state_dict(torch.load(args.start_from)["model"])
+        if args.start_from.suffix == ".safetensors":
+            load_weights(model, args.start_from)
+        else:
+            model.load_state_dict(torch.load(args.start_from)["model"])
     log(event="start", step=step, parameters=sum(p.numel() for p in params))
 
     @torch.compile(dynamic=False)
     def forward(tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens [rows, length + 1] -> mean loss, balance loss."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=FAST is torch.bfloat16):
             nll, balance, _ = model.loss(tokens[:, :-1], tokens[:, 1:])
         return nll.mean(), balance
 
@@ -215,7 +218,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="rows of each worker in a step")
     parser.add_argument("--length", type=int, default=256, help="tokens in a row")
     parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--start-from", type=Path, help="a state whose weights, and nothing else, to begin with")
+    parser.add_argument(
+        "--start-from", type=Path, help="a state or a checkpoint's model.safetensors whose weights to begin with"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="threads of each worker")
     parser.add_argument("--seed", type=int, default=0)
