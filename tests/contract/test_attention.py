@@ -10,46 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implementations import EPS, KINDS, get
 from torch import Tensor
 
-from workers.kernels.build import BuildError
 from workers.kernels.native import NativeOps
 from workers.kernels.native_attention import KvCache as NativeCache
 from workers.kernels.ops import BLOCK, Batch, Ops
 from workers.kernels.ops import KvCache as Cache
-from workers.kernels.plain import PlainOps
 from workers.kernels.plain_attention import PlainCache
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KINDS = [f"plain {d}" for d in DTYPES] + [
-    "native float32",
-    "native float16",
-    "native bfloat16 generic",
-    "native bfloat16 avx512bf16",
-    "native bfloat16 amx",
-]
-NATIVE = [kind for kind in KINDS if kind.startswith("native")]
-EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 CONTEXT = 1600
-
-
-@cached
-def make(kind: str) -> Ops | str:
-    """The implementation, or why this machine lacks it."""
-    name, dtype, *isa = kind.split()
-    if name == "plain":
-        return PlainOps(DTYPES[dtype])
-    try:
-        return NativeOps(DTYPES[dtype], threads=2, isa=isa[0] if isa else None)
-    except (BuildError, ValueError) as reason:
-        return str(reason)
-
-
-def get(kind: str) -> Ops:
-    made = make(kind)
-    if isinstance(made, str):
-        pytest.skip(made)
-    return made
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,18 +29,6 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=KINDS)
-def ops(request: pytest.FixtureRequest) -> Ops:
-    return get(request.param)
-
-
-@pytest.fixture(params=NATIVE)
-def native(request: pytest.FixtureRequest) -> NativeOps:
-    made = get(request.param)
-    assert isinstance(made, NativeOps)
-    return made
 
 
 @cached

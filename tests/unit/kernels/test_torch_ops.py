@@ -193,6 +193,31 @@ def test_attention(kind: str, window: int | None) -> None:
         torch.testing.assert_close(got[row].double(), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["cuda", "cuda-fast"])
+@pytest.mark.parametrize(
+    ("window", "sunk", "cap", "latent"),
+    [(None, True, None, None), (21, True, 2.0, None), (None, False, 2.0, 6), (16, True, None, 6)],
+)
+def test_kinds_of_attention_mean_what_plain_means(
+    kind: str, window: int | None, sunk: bool, cap: float | None, latent: int | None
+) -> None:
+    ops, plain = make(kind, torch.float32), PlainOps(torch.float32)
+    lengths, kv_heads = [(0, 1), (0, 40), (33, 1), (20, 7), (300, 3)], 1 if latent else 2
+    batch, cache = batch_of(lengths, 64), ops.cache(1, 64, kv_heads, 8, latent)
+    cache.data.copy_(random(*cache.data.shape))
+    q, sinks = random(52, 4, 8, seed=7), random(4, seed=8) if sunk else None
+    got = ops.attend(q, cache, 0, batch, 0, 0.3, window, sinks, cap)
+    want = plain.attend(q, cache, 0, batch, 0, 0.3, window, sinks, cap)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cuda-fast"])
+def test_wide_kernels_are_of_the_same_kind(kind: str) -> None:
+    ops = make(kind, torch.bfloat16)
+    assert isinstance(ops.wide, CudaOps)
+    assert (ops.wide.dtype, ops.wide.exact) == (torch.float32, kind == "cuda")
+
+
 @pytest.mark.parametrize("kernels", ["native", "auto"])
 def test_without_a_compiler(kernels: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     from workers.kernels import native
