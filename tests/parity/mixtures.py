@@ -107,11 +107,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_mixture(name: str) -> transformers.PreTrainedModel:
+def make_mixture(name: str, **more: Any) -> transformers.PreTrainedModel:
     """A random model in which nothing is neutral that transformers begins with as if it were not there."""
     family, changes = CASES[name]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**(SHAPE | changes))
+    config = getattr(transformers, f"{family}Config")(**(SHAPE | changes | more))
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for part, tensor in (*model.named_parameters(), *model.named_buffers()):

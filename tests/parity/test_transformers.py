@@ -64,7 +64,7 @@ def test_sixteen_bits_stay_near_float32(written: Written, name: str, dtype: torc
     assert (stream.logits[0] - exact).abs().max().item() < 1.5 * bound
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe-first-dense"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe-first-dense", "deepseek-v3"])
 def test_fused_experts_are_the_same_model(written: Written, name: str, tmp_path: Path) -> None:
     """The form in which transformers 5 holds experts in memory may be on disk, too."""
     model, path = written(name)
