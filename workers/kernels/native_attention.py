@@ -40,8 +40,8 @@ class KvCache:
     """All layers' blocks in the order that the kernels read: [layer][block][KV head][page].
 
     A page is 16 positions of one KV head, K then V, of latents K alone (`src/attention.h`); so a block of one layer
-    is contiguous, and so is the part of it that belongs to one KV head. The memory
-    is mapped and zero: a block costs none until it is written.
+    is contiguous, and so is the part of it that belongs to one KV head. The memory is mapped and zero: a block costs
+    none until it is written.
     """
 
     def __init__(
