@@ -24,9 +24,18 @@ CACHE_POSITIONS = 12 * 16  # of the small cache: a few of the sequences below, a
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Random checkpoints: a dense one, some of whose layers have a window that the requests outgrow, and experts."""
+    """Random checkpoints: dense ones, some of whose layers have a window that the requests outgrow, and experts."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        GPT2Config,
+        GPT2LMHeadModel,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
 
     torch.manual_seed(7)
     sizes = {
@@ -41,8 +50,12 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     moe = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
     window = {"use_sliding_window": True, "sliding_window": 48, "max_window_layers": 1}
+    gemma = {"head_dim": 16, "sliding_window": 48, "attn_logit_softcapping": 5.0, "tie_word_embeddings": False}
+    gpt2 = {"vocab_size": 503, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 1024, "initializer_range": 0.3}
     models = {
         "window": Qwen2ForCausalLM(Qwen2Config(**sizes, **window)),
+        "softcap": Gemma2ForCausalLM(Gemma2Config(**sizes, **gemma)),
+        "learned": GPT2LMHeadModel(GPT2Config(**gpt2)),
         "experts": Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, head_dim=16, **moe)),
     }
     paths = {}
@@ -155,6 +168,11 @@ def check(path: Path, dtype: str, kernels: str, count: int) -> None:
 @pytest.mark.parametrize("model", ["window", "experts"])
 def test_native(tiny_models: dict[str, Path], model: str, dtype: str) -> None:
     check(tiny_models[model], dtype, "native", 200)
+
+
+@pytest.mark.parametrize("model", ["softcap", "learned"])
+def test_other_families(tiny_models: dict[str, Path], model: str) -> None:
+    check(tiny_models[model], "bfloat16", "native", 100)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

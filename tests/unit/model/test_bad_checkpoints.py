@@ -161,6 +161,27 @@ def test_unknown_architecture_lists_the_known_ones(tmp_path: Path, architectures
             {"architectures": ["MixtralForCausalLM"], "num_local_experts": 2, "num_experts_per_tok": 3},
             ["num_experts_per_tok is 3", "2 experts"],
         ),
+        ({"architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": 0}, ["attn_logit_softcapping is 0.0"]),
+        (
+            {"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True},
+            ["use_bidirectional_attention"],
+        ),
+        (
+            {"architectures": ["Gemma2ForCausalLM"], "hidden_activation": "mish"},
+            ["hidden_activation is 'mish'", "gelu"],
+        ),
+        ({"architectures": ["GPT2LMHeadModel"], "scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse"]),
+        ({"architectures": ["GPT2LMHeadModel"], "n_head": 3, "num_key_value_heads": None}, ["hidden_size is 16", "n_head, which is 3"]),
+        ({"architectures": ["GPT2LMHeadModel"], "n_layer": 0}, ["n_layer is 0"]),
+        ({"architectures": ["OPTForCausalLM"]}, ["ffn_dim is missing"]),
+        (
+            {"architectures": ["OPTForCausalLM"], "layer_norm_elementwise_affine": False},
+            ["elementwise_affine is False"],
+        ),
+        ({"architectures": ["XGLMForCausalLM"], "d_model": "16"}, ["d_model is '16'", "int"]),
+        ({"architectures": ["GPTNeoXForCausalLM"], "rotary_pct": 0.9}, ["rotary_pct is 0.9", "3 of a head's 4"]),
+        ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]}, ["no_rope_layers is [1]", "= 2"]),
+        ({"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "su"}}, ["rope_scaling", "short_factor"]),
         ({"architectures": ["Qwen2ForCausalLM"], "layer_types": ["full_attention"]}, ["layer_types", "= 2"]),
         (
             {"architectures": ["Qwen2ForCausalLM"], "layer_types": ["full_attention", "linear_attention"]},
