@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -40,10 +40,10 @@ class _Made:
     """What a step made of one sequence."""
 
     sequence: Sequence
-    choices: list[Choice] = field(default_factory=list)
-    seen: list[TokenTrace] = field(default_factory=list)  # empty, or one for each choice
+    choices: list[Choice]
     finish: FinishReason | None = None
     error: str = ""
+    seen: list[TokenTrace] | None = None  # one for each choice, and more where drafts were wrong
 
 
 class EngineCore:
@@ -127,6 +127,7 @@ class EngineCore:
                 sequence.told = []
             if asks(request):
                 sequence.ways = Ways(request, self._info.vocab_size)
+            sequence.plain = sequence.told is None and sequence.ways is None
             self._sequences[request.id] = sequence
             self._probed += _looks_inside(request)
             if request.grammar is not None:
@@ -249,6 +250,11 @@ class EngineCore:
         for chunk, s in zip(plan.chunks, self._scheduler.planned, strict=True):
             if not chunk.wanted:
                 continue
+            if s.plain and not chunk.drafts:
+                rows.append(_row(s, s.made))
+                lines.append(at)
+                at += 1
+                continue
             if s.told is not None and chunk.start < s.prompt_tokens - 1:
                 self._hear(s, chunk, logits[at : at + chunk.wanted])
             at += chunk.wanted
@@ -275,15 +281,28 @@ class EngineCore:
         made: list[_Made] = []
         at = 0
         for chunk, s in zip(plan.chunks, self._scheduler.planned, strict=True):
-            if chunk.wanted and _samples(chunk, s):
+            if not chunk.wanted:
+                continue
+            if s.plain and not chunk.drafts:
+                made.append(self._append(s, choices[at]))
+                at += 1
+            elif _samples(chunk, s):
                 mine = choices[at : at + 1 + chunk.drafts]
                 at += len(mine)
                 made.append(self._take(s, chunk, mine))
         made.sort(key=lambda m: m.sequence.rank[1])
         return made
 
+    def _append(self, s: Sequence, choice: Choice) -> _Made:
+        """What `_take` does, where a sequence asks for nothing and guesses nothing."""
+        if choice.error:
+            return _Made(s, [], FinishReason.ERROR, choice.error)
+        s.tokens.append(choice.token)
+        self._scheduler.counts.generated_tokens += 1
+        return _Made(s, [choice], finish_of(s.request, s.made, (choice.token,)))
+
     def _take(self, s: Sequence, chunk: Chunk, choices: list[Choice]) -> _Made:
-        made, drafts = _Made(s, seen=chunk.seen), _drafts(chunk)
+        made, drafts = _Made(s, [], seen=chunk.seen), _drafts(chunk)
         for j, choice in enumerate(choices):
             if choice.error or choice.over:
                 made.finish = FinishReason.ERROR if choice.error else FinishReason.EOS
@@ -316,13 +335,16 @@ class EngineCore:
     def _report(self, made: _Made) -> SequenceOutput:
         s, choices = made.sequence, made.choices
         output = self._output(s) if made.finish is None else self._end(s, made.finish, made.error)
-        output.token_ids = [choice.token for choice in choices]
+        if len(choices) == 1:
+            output.token_ids.append(choices[0].token)
+        else:
+            output.token_ids.extend(choice.token for choice in choices)
         if choices and choices[0].logprob is not None:
             output.logprobs = [choice.logprob for choice in choices if choice.logprob is not None]
         if s.request.probe is not None:
-            output.traces = made.seen[: len(choices)] or [TokenTrace() for _ in choices]
+            output.traces = made.seen[: len(choices)] if made.seen is not None else [TokenTrace() for _ in choices]
             for trace, choice in zip(output.traces, choices, strict=True):
-                trace.candidates = choice.candidates
+                trace.candidates = choice.candidates or []
         return output
 
     def _output(self, sequence: Sequence) -> SequenceOutput:

@@ -29,7 +29,7 @@ class Chunk:
     wanted: int
     drafts: int = 0
     probe: Probe | None = None
-    seen: list[TokenTrace] = field(default_factory=list)
+    seen: list[TokenTrace] | None = None
     long: bool = False
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -92,7 +92,7 @@ class Choice:
     logprob: TokenLogprob | None = None
     error: str = ""
     over: bool = False
-    candidates: list[Candidate] = field(default_factory=list)
+    candidates: list[Candidate] | None = None
 
 
 class Sampler:

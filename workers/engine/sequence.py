@@ -39,9 +39,10 @@ class Sequence:
     running: bool = False  # admitted and not preempted
     long: bool = False  # see `Chunk`
     reported: bool = False  # an output of this sequence has been given
+    plain: bool = True  # nothing is asked beyond temperature and filters: no `ways`, no `told`
     told: list[TokenLogprob] | None = None  # of the prompt's tokens from the second on, as far as known; None: unasked
     family: Family | None = None
-    ways: Ways | None = None  # None: nothing is asked beyond temperature and filters
+    ways: Ways | None = None
     opening: Future[Matcher] | None = None  # its format is being opened: the scheduler does not know it yet
     matcher: Matcher | None = None
 

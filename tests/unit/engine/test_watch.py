@@ -98,12 +98,12 @@ def test_every_probed_row_of_a_chunk_is_seen(mixture: Path) -> None:
     for i in range(len(tokens)):
         chunk = Chunk("a", i, tokens[i : i + 1], (array("i", [3]),), 1, 0, probe)
         runner.run(StepPlan(0, [chunk]))
-        alone += chunk.seen
+        alone += chunk.seen or []
     other = Chunk("b", 0, [1, 2], (array("i", [1]),), 0)
     chunk = Chunk("a", 0, tokens, (array("i", [2]),), 3, 2, probe)
     runner.run(StepPlan(0, [other, chunk]))
     assert chunk.seen == alone[2:]
-    assert other.seen == []
+    assert other.seen is None
 
 
 def test_attention_weights_are_those_of_the_definition() -> None:
