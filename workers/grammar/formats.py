@@ -161,6 +161,7 @@ def _reason(error: str, kind: str) -> str:
             text = f"line {at[1]}: {text}"
     text = re.sub(r"\s*\n\s*", " / ", text).removesuffix(" / <non-verbose/>")
     text = text.replace("following special tokens are available: ⟦⟧", "special tokens cannot be asked for")
+    text = text.replace("Enable 'coerce_one_of' option to approximate oneOf with anyOf", "write anyOf")
     return f"cannot be held: {text[:_REASON]}"
 
 

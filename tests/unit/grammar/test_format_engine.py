@@ -82,6 +82,19 @@ def test_alone_in_a_batch_and_resumed_an_answer_is_the_same(engine: EngineCore, 
         assert resumed.finish is FinishReason.EOS
 
 
+def test_a_preempted_answer_is_the_same(engine: EngineCore, text: ModelText, demo_model: Path) -> None:
+    verse = Grammar("regex", "([a-z]{1,2} ){40}[a-z]")
+    requests = [request(text, str(i), i, verse, max_tokens=120) for i in range(4)]
+    at_ease = run(engine, requests)
+    size = engine.info.cache_bytes // engine.info.blocks * 10
+    narrow = build_engine(EngineConfig(str(demo_model), cache_bytes=size, max_context=160, max_running=4, threads=1))
+    pressed = run(narrow, requests)
+    assert narrow.stats().preemptions > 0
+    assert {k: o.token_ids for k, o in pressed.items()} == {k: o.token_ids for k, o in at_ease.items()}
+    narrow.check_idle()
+    narrow.close()
+
+
 def test_a_format_that_cannot_be_held_ends_only_its_own_request(engine: EngineCore, text: ModelText) -> None:
     told = run(engine, [request(text, "bad", 1, Grammar("regex", "(")), request(text, "good", 2, FORMAT)])
     assert told["bad"].finish is FinishReason.ERROR
