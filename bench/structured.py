@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -193,7 +194,7 @@ def main() -> None:
         "",
         f"**{good} of {args.count}** answers at temperature 1 parse and validate.",
         f"16 streams: {free:.2f} ms per token free, {held:.2f} ms held to a schema, one thread.",
-        f"{platform.processor() or platform.machine()}, vocabulary of {vocab:,}.",
+        f"{platform.processor() or platform.machine()}, load {os.getloadavg()[0]:.1f}, vocabulary of {vocab:,}.",
     ]
     engine.close()
     print("\n".join(lines))

@@ -56,6 +56,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("stopping.stop", {"stopping": T(stop=["é" * 513])}, r"\[0\] has 1026 bytes"),
     ("stopping.stop_token_ids", {"stopping": T(stop_token_ids=[5, 300])}, r"\[1\] is 300; .* vocabulary size of 300"),
     ("stopping.stop_token_ids", {"stopping": T(stop_token_ids=[1] * 1025)}, "has 1025 ids"),
+    ("format.regex", {"format": pb.Format(regex="a(")}, "cannot be held: .* unclosed group"),
+    ("format.json_schema", {"format": pb.Format(json_schema='{"not": {}}')}, "cannot be held: .*not"),
+    ("format.json_object", {"format": pb.Format(json_object=False)}, "only true is allowed"),
     ("response.logprobs", {"response": R(logprobs=21)}, r"is 21; it must be in \[0, 20\]"),
     ("response.prompt_logprobs", {"response": R(prompt_logprobs=21)}, r"is 21; it must be in \[0, 20\]"),
     (
