@@ -171,7 +171,10 @@ def test_unknown_architecture_lists_the_known_ones(tmp_path: Path, architectures
             ["hidden_activation is 'mish'", "gelu"],
         ),
         ({"architectures": ["GPT2LMHeadModel"], "scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse"]),
-        ({"architectures": ["GPT2LMHeadModel"], "n_head": 3, "num_key_value_heads": None}, ["hidden_size is 16", "n_head, which is 3"]),
+        (
+            {"architectures": ["GPT2LMHeadModel"], "n_head": 3, "num_key_value_heads": None},
+            ["hidden_size is 16", "n_head, which is 3"],
+        ),
         ({"architectures": ["GPT2LMHeadModel"], "n_layer": 0}, ["n_layer is 0"]),
         ({"architectures": ["OPTForCausalLM"]}, ["ffn_dim is missing"]),
         (
