@@ -304,3 +304,13 @@ def test_the_cache_holds_the_latent_alone(config: dict[str, Any], full: int, les
     per_block = ops.cache_block_bytes(61, attention.cache_heads, attention.cache_dim, latent.rank)
     assert per_block == 61 * 16 * 576 * 2
     assert ops.cache(61, 3, attention.cache_heads, attention.cache_dim, latent.rank).bytes == 3 * per_block
+
+
+def test_grouped_queries_take_a_quarter() -> None:
+    """Llama 3 8B: 32 heads of queries, 8 of keys and values."""
+    sizes = BASE | {"architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "num_attention_heads": 32}
+    grouped, full = (parse_config(sizes | {"num_key_value_heads": heads}).attention for heads in (8, 32))
+    assert (grouped.values_per_token, full.values_per_token) == (2048, 8192)
+    ops = PlainOps(torch.bfloat16)
+    block, whole = (ops.cache_block_bytes(32, a.cache_heads, a.cache_dim) for a in (grouped, full))
+    assert 4 * block == whole == 32 * 16 * 8192 * 2
