@@ -12,9 +12,10 @@ from torch import Tensor
 from workers.cache.keys import root_key
 from workers.cache.manager import CacheManager
 from workers.engine.contract import EngineInfo, EngineStats, FinishReason, Grammar, Request, SequenceOutput, TokenTrace
-from workers.engine.drafts import Ask, Proposer
-from workers.engine.formats import Bits, Formats, Matcher
+from workers.engine.drafts import Proposer
+from workers.engine.formats import Formats, Matcher
 from workers.engine.plan import Chunk, StepPlan
+from workers.engine.rows import Masks, ask_of, drafts_of, looks_inside, row_of, samples, shaped_rows
 from workers.engine.sampler import Choice, Row, Sampler, SamplingOps
 from workers.engine.scheduler import Scheduler
 from workers.engine.sequence import Sequence, finish_of
@@ -30,9 +31,6 @@ class StepRunner(Protocol):
         """Logits [S, V], S >= 0, of any float type, of the last `wanted` rows of each chunk, in the plan's order."""
 
     def close(self) -> None: ...
-
-
-Masks = list[tuple[Bits, bool]]
 
 
 @dataclass(slots=True)
@@ -129,7 +127,7 @@ class EngineCore:
                 sequence.ways = Ways(request, self._info.vocab_size)
             sequence.plain = sequence.told is None and sequence.ways is None
             self._sequences[request.id] = sequence
-            self._probed += _looks_inside(request)
+            self._probed += looks_inside(request)
             if request.grammar is not None:
                 self._open(sequence, request.grammar)
             else:
@@ -213,14 +211,14 @@ class EngineCore:
         """Masks of the sequences that choose a token in this step, computed from now on."""
         futures: dict[str, Future[Masks]] = {}
         for chunk, s in zip(plan.chunks, self._scheduler.planned, strict=True):
-            if s.matcher is not None and _samples(chunk, s) and self._threads is not None:
-                drafts, ends = _drafts(chunk), (*s.request.eos_ids, *s.request.stop_ids)
+            if s.matcher is not None and samples(chunk, s) and self._threads is not None:
+                drafts, ends = drafts_of(chunk), (*s.request.eos_ids, *s.request.stop_ids)
                 futures[s.id] = self._threads.submit(masks_of, s.matcher, drafts, ends, self._info.vocab_size)
         return futures
 
     def _ask_layers(self, plan: StepPlan) -> None:
         for chunk, s in zip(plan.chunks, self._scheduler.planned, strict=True):
-            if _looks_inside(s.request) and _samples(chunk, s):
+            if looks_inside(s.request) and samples(chunk, s):
                 chunk.probe = s.request.probe
 
     # Drafts.
@@ -230,10 +228,11 @@ class EngineCore:
         if not places:
             return
         try:
-            drafts = proposer.propose([_ask(s, n) for _, s, n in places])
+            drafts = proposer.propose([ask_of(s, n) for _, s, n in places])
         except Exception:  # guessing is a help that answers do not depend on
             log.exception("the proposer of drafts failed; going on without it")
             self._proposer = None
+            proposer.close()
             return
         for (chunk, sequence, most), draft in zip(places, drafts, strict=True):
             known = [id for id in draft[:most] if 0 <= id < self._info.vocab_size]
@@ -251,19 +250,19 @@ class EngineCore:
             if not chunk.wanted:
                 continue
             if s.plain and not chunk.drafts:
-                rows.append(_row(s, s.made))
+                rows.append(row_of(s, s.made))
                 lines.append(at)
                 at += 1
                 continue
             if s.told is not None and chunk.start < s.prompt_tokens - 1:
                 self._hear(s, chunk, logits[at : at + chunk.wanted])
             at += chunk.wanted
-            if _samples(chunk, s):
+            if samples(chunk, s):
                 lines.extend(range(at - 1 - chunk.drafts, at))
                 if s.ways is None:
-                    rows += [_row(s, s.made + j) for j in range(1 + chunk.drafts)]
+                    rows += [row_of(s, s.made + j) for j in range(1 + chunk.drafts)]
                 else:
-                    rows += _shaped_rows(s, s.ways, _drafts(chunk), masks.get(s.id))
+                    rows += shaped_rows(s, s.ways, drafts_of(chunk), masks.get(s.id))
         return (logits if len(lines) == at else logits[lines]), rows
 
     def _hear(self, s: Sequence, chunk: Chunk, logits: Tensor) -> None:
@@ -286,7 +285,7 @@ class EngineCore:
             if s.plain and not chunk.drafts:
                 made.append(self._append(s, choices[at]))
                 at += 1
-            elif _samples(chunk, s):
+            elif samples(chunk, s):
                 mine = choices[at : at + 1 + chunk.drafts]
                 at += len(mine)
                 made.append(self._take(s, chunk, mine))
@@ -302,7 +301,7 @@ class EngineCore:
         return _Made(s, [choice], finish_of(s.request, s.made, (choice.token,)))
 
     def _take(self, s: Sequence, chunk: Chunk, choices: list[Choice]) -> _Made:
-        made, drafts = _Made(s, [], seen=chunk.seen), _drafts(chunk)
+        made, drafts = _Made(s, [], seen=chunk.seen), drafts_of(chunk)
         for j, choice in enumerate(choices):
             if choice.error or choice.over:
                 made.finish = FinishReason.ERROR if choice.error else FinishReason.EOS
@@ -317,6 +316,9 @@ class EngineCore:
                 break
         if drafts:
             self._scheduler.accept_drafts(chunk, max(0, len(made.choices) - 1))
+            self._scheduler.counts.accepted_tokens += sum(
+                c.token == d for c, d in zip(made.choices, drafts, strict=False)
+            )
         self._scheduler.counts.generated_tokens += len(made.choices)
         return made
 
@@ -356,7 +358,7 @@ class EngineCore:
     def _end(self, sequence: Sequence, finish: FinishReason, error: str = "") -> SequenceOutput:
         """The sequence leaves and its blocks are free; its last output."""
         del self._sequences[sequence.id]
-        self._probed -= _looks_inside(sequence.request)
+        self._probed -= looks_inside(sequence.request)
         if sequence.opening is not None:
             sequence.opening.cancel()
             self._opening.remove(sequence)
@@ -375,41 +377,3 @@ class EngineCore:
         reason = f"{type(error).__name__}: {error}"
         failed = sorted(self._scheduler.planned, key=lambda s: s.rank[1])
         return [self._end(sequence, FinishReason.ERROR, reason) for sequence in failed]
-
-
-def _samples(chunk: Chunk, s: Sequence) -> bool:
-    """Whether the chunk's last rows become tokens: it reaches the end of what is known."""
-    return chunk.start + len(chunk.tokens) - chunk.drafts == len(s.tokens)
-
-
-def _looks_inside(request: Request) -> bool:
-    return request.probe is not None and bool(request.probe.experts or request.probe.attention)
-
-
-def _drafts(chunk: Chunk) -> list[int]:
-    return chunk.tokens[len(chunk.tokens) - chunk.drafts :] if chunk.drafts else []
-
-
-def _ask(s: Sequence, at_most: int) -> Ask:
-    r = s.request
-    return Ask(s.id, s.tokens, at_most, r.cache_salt, r.sampling, r.index, s.made)
-
-
-def _row(s: Sequence, position: int) -> Row:
-    request = s.request
-    barred = [*request.eos_ids, *request.stop_ids] if position < request.min_tokens else ()
-    return Row(request.sampling, request.index, position, barred, request.logprobs)
-
-
-def _shaped_rows(s: Sequence, ways: Ways, drafts: list[int], masks: Future[Masks] | None) -> list[Row]:
-    """Rows of a sequence that asks for more, one after each beginning of its drafts."""
-    rows: list[Row] = []
-    allowed = None if masks is None else masks.result()
-    for j, extra in enumerate(ways.extras(s.tokens, drafts)):
-        if allowed is not None and j < len(allowed):
-            extra.mask, extra.may_end = allowed[j]
-            extra.ends = s.request.eos_ids
-        row = _row(s, s.made + j)
-        row.extra = extra
-        rows.append(row)
-    return rows

@@ -26,9 +26,8 @@ from workers.engine.plan import Chunk, StepPlan
 from workers.engine.sequence import Sequence
 
 PROMPT_LOGIT_ROWS = 64  # rows per step of a prompt whose logprobs are wanted: they need a row of logits each
-DRAFTED_ROWS = (
-    32  # rows of decoding and drafts, above which a step of drafts is no longer nearly as short as one without
-)
+# Rows of decoding and drafts, above which a step of drafts is no longer nearly as short as one without.
+DRAFTED_ROWS = 32
 
 _rank = attrgetter("rank")
 
@@ -138,7 +137,6 @@ class Scheduler:
         if wrong:
             del chunk.tokens[-wrong:]
         chunk.drafts = 0
-        self.counts.accepted_tokens += count
 
     def advance(self, plan: StepPlan) -> None:
         """The plan's rows are computed, and its drafts are accepted or gone: publishes the blocks that became full,
