@@ -69,12 +69,12 @@ def measure(generate: Generate, repeat: int) -> dict[str, float]:
     return result
 
 
-def child_ours(checkpoint: str, repeat: int, threads: int | None) -> dict[str, Any]:
+def child_ours(checkpoint: str, repeat: int, threads: int | None, dtype: str) -> dict[str, Any]:
     from workers.engine import EngineConfig, FinishReason, Request, Sampling
     from workers.engine.build import build_engine
 
     engine = build_engine(
-        EngineConfig(checkpoint, max_context=2048, max_running=16, threads=threads, prefix_cache=False)
+        EngineConfig(checkpoint, dtype=dtype, max_context=2048, max_running=16, threads=threads, prefix_cache=False)
     )
     forward = engine._runner.run
     inside, steps = 0.0, 0
@@ -109,7 +109,7 @@ def child_ours(checkpoint: str, repeat: int, threads: int | None) -> dict[str, A
     return result
 
 
-def child_inexact(checkpoint: str, repeat: int, threads: int | None) -> dict[str, Any]:
+def child_inexact(checkpoint: str, repeat: int, threads: int | None, dtype: str) -> dict[str, Any]:
     """Ours, with torch's own calls in place of kernels that keep the row law."""
     import torch
 
@@ -118,17 +118,17 @@ def child_inexact(checkpoint: str, repeat: int, threads: int | None) -> dict[str
 
     if threads:
         torch.set_num_threads(threads)
-    runner.make_ops = lambda dtype, *_: CudaOps(getattr(torch, dtype), "cpu", exact=False)
-    return child_ours(checkpoint, repeat, threads)
+    runner.make_ops = lambda name, *_: CudaOps(getattr(torch, name), "cpu", exact=False)
+    return child_ours(checkpoint, repeat, threads, dtype)
 
 
-def child_transformers(checkpoint: str, repeat: int, threads: int | None) -> dict[str, Any]:
+def child_transformers(checkpoint: str, repeat: int, threads: int | None, dtype: str) -> dict[str, Any]:
     import torch
     import transformers
 
     if threads:
         torch.set_num_threads(threads)
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
 
     def generate(prompts: list[list[int]], out: int) -> float:
         ids = torch.tensor(prompts)
@@ -144,7 +144,7 @@ def child_transformers(checkpoint: str, repeat: int, threads: int | None) -> dic
     return {**measure(generate, repeat), "version": f"transformers {transformers.__version__}"}
 
 
-def child_vllm(checkpoint: str, repeat: int, threads: int | None) -> dict[str, Any]:
+def child_vllm(checkpoint: str, repeat: int, threads: int | None, dtype: str) -> dict[str, Any]:
     cores = threads or len(os.sched_getaffinity(0))
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -154,7 +154,7 @@ def child_vllm(checkpoint: str, repeat: int, threads: int | None) -> dict[str, A
     llm = vllm.LLM(
         model=checkpoint,
         skip_tokenizer_init=True,
-        dtype="bfloat16",
+        dtype=dtype,
         max_model_len=2048,
         enable_prefix_caching=False,
         max_num_seqs=32,
@@ -171,7 +171,7 @@ def child_vllm(checkpoint: str, repeat: int, threads: int | None) -> dict[str, A
     return {**measure(generate, repeat), "version": f"vllm {vllm.__version__}"}
 
 
-def child_limit(_checkpoint: str, repeat: int, threads: int | None) -> dict[str, Any]:
+def child_limit(_checkpoint: str, repeat: int, threads: int | None, _dtype: str) -> dict[str, Any]:
     """Bytes per second of reading memory, and bf16 operations per second of a large product."""
     import torch
 
@@ -219,7 +219,7 @@ CHILDREN = {
 def run_child(name: str, args: argparse.Namespace, python: str = sys.executable) -> dict[str, Any]:
     """Runs one program alone and returns what it measured. Raises RuntimeError with its output when it fails."""
     command = [python, str(Path(__file__).resolve()), "--child", name, "--repeat", str(args.repeat)]
-    command += ["--checkpoint", str(args.checkpoint)]
+    command += ["--checkpoint", str(args.checkpoint), "--dtype", args.dtype]
     if args.threads:
         command += ["--threads", str(args.threads)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)} if name in ("ours", "inexact") else None
@@ -341,6 +341,7 @@ def machine() -> dict[str, Any]:
 def command(args: argparse.Namespace) -> str:
     """The command of this run, with words in place of this machine's paths."""
     flags = [f"--repeat {args.repeat}"] if args.repeat != 3 else []
+    flags += [f"--dtype {args.dtype}"] if args.dtype != "bfloat16" else []
     flags += [f"--threads {args.threads}"] if args.threads else []
     flags += ["--inexact"] if args.inexact else []
     flags += ["--vllm-python VENV/bin/python"] if args.vllm_python else []
@@ -357,6 +358,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vllm-python", help="python of a virtual environment that has vLLM")
     parser.add_argument("--llama-cpp", type=Path, help="directory of llama-bench and llama-batched-bench")
     parser.add_argument("--llama-gguf", type=Path, help="the same checkpoint as GGUF in bf16")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of computation; llama.cpp: its file's"
+    )
     parser.add_argument("--threads", type=int, help="of computation; default: each program's own choice")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each measure, of which the best counts")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="where the figures are written")
@@ -372,7 +376,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     if args.child:
-        print(json.dumps(CHILDREN[args.child](str(args.checkpoint), args.repeat, args.threads)))
+        print(json.dumps(CHILDREN[args.child](str(args.checkpoint), args.repeat, args.threads, args.dtype)))
         return
     make_checkpoint(args.checkpoint)
     where = machine()
@@ -400,6 +404,8 @@ def main() -> None:
                 raise
             print(f"{name} is left out: {error}", file=sys.stderr)
     shape = shape_of(args.checkpoint)
+    if args.dtype == "float32":
+        shape.bytes *= 2
     limit = limits(shape, machine_limit["bandwidth"], machine_limit["flops"])
     about = (
         f"{where['cpu']}, {where['cores']} cores, load {where['load']:.1f} at the start; reads "
