@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from router.chat.parser import THOUGHTS, TOOL_FORMATS, HarmonyParser, Parser
+from router.chat.harmony import HarmonyParser
+from router.chat.parser import THOUGHTS, TOOL_FORMATS, Parser
 from router.chat.templates import ChatTemplate
 from router.text import ModelText
 

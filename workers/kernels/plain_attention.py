@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -44,9 +46,7 @@ class PlainAttention:
 
     dtype: torch.dtype
     device: torch.device
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        raise NotImplementedError
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]  # of the class that this is a part of
 
     def cache(self, layers: int, blocks: int, kv_heads: int, head_dim: int, latent: int | None = None) -> PlainCache:
         check_latent(kv_heads, head_dim, latent)

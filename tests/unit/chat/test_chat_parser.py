@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.chat.parser import HarmonyParser, Kind, Parser
+from router.chat.harmony import HarmonyParser
+from router.chat.parser import Kind, Parser
 
 ARGS = '{"city": "Paris", "days": [1, -2.5e3], "deep": {"a": "}\\"<"}}'
 CALL = '{"name": "weather", "arguments": ' + ARGS + "}"
