@@ -248,3 +248,63 @@ def test_kinds_keep_the_row_law(ops: Ops) -> None:
         Route(5, "chosen_softmax"),
     ):
         assert_row_law(lambda rows, route=route: torch.cat(ops.route(rows, route, bias if route.bias else None), 1), x)
+
+
+# Experts that are computed apart --------------------------------------------------------------------------------------
+
+
+def mixed(t: int, k: int, e: int, seed: int) -> tuple[Tensor, Tensor]:
+    """k different experts of each row, and weights of either sign, some of them 0."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.stack([torch.randperm(e, generator=generator)[:k] for _ in range(t)]).to(torch.int32)
+    weights = torch.randn(t, k, generator=generator)
+    return ids, weights.masked_fill(weights.abs() < 0.1, 0.0)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+@pytest.mark.parametrize(("t", "k", "e", "f", "h"), [(1, 1, 7, 32, 32), (37, 3, 7, 48, 65), (16, 7, 7, 33, 96)])
+def test_experts_computed_apart_and_combined_are_the_fused_call(
+    ops: Ops, parts: int, t: int, k: int, e: int, f: int, h: int
+) -> None:
+    """Whatever experts lie together: slots computed one by one and combined have the bits of one call."""
+    gate, up, down = experts_weights(ops.dtype, e, f, h)
+    x = random(ops.dtype, t, h)
+    x[0] = 0.0  # whose slots are zeros of either sign
+    ids, weights = mixed(t, k, e, seed=parts)
+    fused = ops.experts(gate, up, down)(x, ids, weights)
+    one_by_one = [ops.experts(*([part[i]] for part in (gate, up, down))) for i in range(e)]
+    home = torch.randint(parts, (e,), generator=torch.Generator().manual_seed(parts))
+    slots = torch.full((t, k, h), float("nan"), dtype=ops.dtype)
+    for part in range(parts):
+        held = torch.where(home == part)[0].tolist()
+        if not held:
+            continue
+        some = ops.join_experts([one_by_one[i] for i in held])
+        rows, at = torch.where(home[ids.long()] == part)
+        local = torch.tensor([held.index(i) for i in ids[rows, at].tolist()], dtype=torch.int32)
+        slots[rows, at] = some(x[rows], local[:, None], torch.ones(len(rows), 1))
+    assert torch.equal(ops.combine(slots, weights), fused)
+    assert torch.equal(ops.combine(slots, weights).signbit(), fused.signbit())
+
+
+def test_slots_are_combined_row_by_row(ops: Ops) -> None:
+    slots, weights = random(ops.dtype, 300, 4 * 65), torch.randn(300, 4, generator=torch.Generator().manual_seed(1))
+    both = torch.cat([slots, weights.to(ops.dtype)], dim=1)
+
+    def combined(x: Tensor) -> Tensor:
+        return ops.combine(x[:, :-4].reshape(-1, 4, 65), x[:, -4:].float())
+
+    want = (slots.view(300, 4, 65).double() * both[:, -4:].double()[..., None]).sum(1)
+    torch.testing.assert_close(combined(both).double(), want, rtol=1.1 * EPS[ops.dtype] + 1e-6, atol=1e-5)
+    assert_row_law(combined, both)
+    assert ops.combine(slots.view(300, 4, 65)[:0], weights[:0]).shape == (0, 65)
+
+
+def test_slots_that_cannot_be_combined_are_refused(ops: Ops) -> None:
+    slots = random(ops.dtype, 2, 3, 8)
+    with pytest.raises(ValueError, match=r"not .* \[2, 3, 8\] with \[2, 2\]"):
+        ops.combine(slots, torch.ones(2, 2))
+    with pytest.raises(ValueError, match="float32, not torch.float64"):
+        ops.combine(slots, torch.ones(2, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="at least one"):
+        ops.join_experts([])

@@ -34,6 +34,17 @@ def check_route(route: Route, experts: int, bias: Tensor | None) -> None:
         raise ValueError(f"the bias is {bias.dtype} {tuple(bias.shape)}; float32 ({experts},) is wanted")
 
 
+def check_slots(slots: Tensor, weights: Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError where `Ops.combine` cannot add these."""
+    if slots.dim() != 3 or slots.dtype is not dtype or weights.shape != slots.shape[:2]:
+        raise ValueError(
+            f"slots are {dtype} [T, k, H] with weights [T, k], not {slots.dtype} {list(slots.shape)} with "
+            f"{list(weights.shape)}"
+        )
+    if weights.dtype is not torch.float32:
+        raise ValueError(f"the weights of slots are float32, not {weights.dtype}")
+
+
 def check_latent(kv_heads: int, head_dim: int, latent: int | None) -> None:
     """Raises ValueError where a latent cache is asked for with sizes that it cannot have."""
     if latent is not None and not (kv_heads == 1 and 1 <= latent <= head_dim):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from workers.kernels import build, native_attention
-from workers.kernels.checks import ACTS, GATED, check_route, known_act
+from workers.kernels.checks import ACTS, GATED, check_route, check_slots, known_act
 from workers.kernels.native_attention import DTYPES, NativeAttention
 from workers.kernels.native_linear import ACT_CODES, NativeExperts, NativeGated, NativeLinear, NativePerHead, adjacent
 from workers.model.spec import Route
@@ -39,6 +39,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "understudy_experts_new": (_P, [_P, _L, _I]),
     "understudy_experts_free": (None, [_P]),
     "understudy_experts": (_I, [_P, _P, _L, _P, _L, _P, _P, _L, _L]),
+    "understudy_combine": (None, [_I, _P, _P, _P, _L, _L, _L]),
     "understudy_rms_norm": (None, [_I, _I, _P, _L, _P, _P, _L, _L, _F]),
     "understudy_add_rms_norm": (None, [_I, _I, _P, _L, _P, _L, _P, _P, _L, _L, _F]),
     "understudy_layer_norm": (None, [_I, _I, _P, _L, _P, _P, _P, _L, _L, _F]),
@@ -163,6 +164,20 @@ class NativeOps(NativeAttention):
                 )
             linears += [self.linear(g, bias[0]), self.linear(u, bias[1]), self.linear(d, bias[2])]
         return NativeExperts(self.lib, linears, act, self.dtype)
+
+    def join_experts(self, parts: Sequence[NativeExperts]) -> NativeExperts:
+        linears = [linear for part in parts for linear in part.linears]
+        if not linears:
+            raise ValueError("a layer of experts has at least one")
+        return NativeExperts(self.lib, linears, parts[0].act, self.dtype)
+
+    def combine(self, slots: Tensor, weights: Tensor) -> Tensor:
+        check_slots(slots, weights, self.dtype)
+        t, k, h = slots.shape
+        slots, weights = slots.contiguous(), weights.contiguous()
+        y = torch.empty((t, h), dtype=self.dtype)
+        self.lib.understudy_combine(self._code, slots.data_ptr(), y.data_ptr(), weights.data_ptr(), t, k, h)
+        return y
 
     def per_head(self, weights: Sequence[Tensor]) -> NativePerHead:
         return NativePerHead([self.linear(weight) for weight in weights])

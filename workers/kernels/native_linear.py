@@ -86,10 +86,11 @@ class NativeGated:
 class NativeExperts:
     """The packed experts of one layer."""
 
-    __slots__ = ("__weakref__", "_call", "_dtype", "_handle", "_linears", "hidden")
+    __slots__ = ("__weakref__", "_call", "_dtype", "_handle", "act", "hidden", "linears")
 
     def __init__(self, lib: ctypes.CDLL, linears: list[NativeLinear], act: str, dtype: torch.dtype) -> None:
-        self._linears = linears  # gate, up, down of each expert; the handle refers to them
+        self.linears = linears  # gate, up, down of each expert; the handle refers to them
+        self.act = act
         self._dtype = dtype
         self._call: Callable[..., int] = lib.understudy_experts
         self.hidden = linears[0].k
@@ -112,7 +113,7 @@ class NativeExperts:
             self._handle, x.data_ptr(), x.stride(0), y.data_ptr(), self.hidden, ids.data_ptr(), weights.data_ptr(), t, k
         )
         if status == 1:
-            raise IndexError(f"an expert's id is outside of 0 .. {len(self._linears) // 3 - 1}")
+            raise IndexError(f"an expert's id is outside of 0 .. {len(self.linears) // 3 - 1}")
         if status == 2:
             raise MemoryError(f"no memory for {t * k} rows of experts")
         return y

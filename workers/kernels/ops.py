@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -106,6 +106,18 @@ class Ops(Protocol):
         act: str = "silu",
     ) -> Experts:
         """Packs E experts: gate and up are [F, H] each, down is [H, F]; `biases` of gate, up, down; act of `gated`."""
+
+    def join_experts(self, parts: Sequence[Any]) -> Experts:
+        """Experts that were packed apart, by this object, as one: those of the first part, then the next one's. The
+        weights are shared, not copied."""
+
+    def combine(self, slots: Tensor, weights: Tensor) -> Tensor:
+        """Adds experts' outputs that were computed apart, with the bits of `Experts.__call__`.
+
+        slots: [T, k, H] in the dtype, weights: float32 [T, k] -> [T, H]: the sum over j, in order, of
+        weights[:, j] * slots[:, j] in float32, rounded once. One slot alone is what `Experts` gives for k = 1 with
+        the weight 1. Wherever experts are computed, the answer has the same bits.
+        """
 
     def per_head(self, weights: Sequence[Tensor]) -> Linear:
         """Packs G weights [N, K]: head g of x takes the g-th. x: [T, G K] -> [T, G N], as `linear` for each."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.kernels.checks import ACTS, GATED, check_route, known_act
+from workers.kernels.checks import ACTS, GATED, check_route, check_slots, known_act
 from workers.kernels.plain_attention import PlainAttention
 from workers.kernels.plain_linear import (
     ACTIVATIONS,
@@ -20,6 +20,7 @@ from workers.kernels.plain_linear import (
     PlainGated,
     PlainPerHead,
     RowLinear,
+    added_slots,
     alike_sizes,
     by_rows,
     gated_pair,
@@ -115,6 +116,15 @@ class PlainOps(PlainAttention):
         gates, ups, downs = biases or ([None] * len(gate),) * 3
         first = [self.gated(*each, act) for each in zip(gate, up, gates, ups, strict=True)]
         return PlainExperts(first, [self.linear(*each) for each in zip(down, downs, strict=True)])
+
+    def join_experts(self, parts: Sequence[PlainExperts]) -> PlainExperts:
+        if not parts:
+            raise ValueError("a layer of experts has at least one")
+        return PlainExperts([each for p in parts for each in p.first], [each for p in parts for each in p.down])
+
+    def combine(self, slots: Tensor, weights: Tensor) -> Tensor:
+        check_slots(slots, weights, self.dtype)
+        return added_slots(slots, weights)
 
     def per_head(self, weights: Sequence[Tensor]) -> PlainPerHead:
         return PlainPerHead([self.linear(weight) for weight in weights])

@@ -108,18 +108,23 @@ class PlainExperts:
     """Each expert runs over the rows that chose it; a row's slots are added in their order."""
 
     def __init__(self, first: Sequence[PlainGated], down: Sequence[RowLinear]) -> None:
-        self._first, self._down = first, down
+        self.first, self.down = first, down
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         t, k = ids.shape
         outputs = x.new_zeros(t, k, x.shape[1])
         for expert in ids.unique().tolist():
             rows, slots = torch.where(ids == expert)
-            outputs[rows, slots] = self._down[expert](self._first[expert](x[rows]))
-        total = torch.zeros(t, x.shape[1], dtype=torch.float32, device=x.device)
-        for slot in range(k):
-            total += outputs[:, slot].float() * weights[:, slot, None]
-        return total.to(x.dtype)
+            outputs[rows, slots] = self.down[expert](self.first[expert](x[rows]))
+        return added_slots(outputs, weights)
+
+
+def added_slots(slots: Tensor, weights: Tensor) -> Tensor:
+    """`Ops.combine`. [T, k, H] and float32 [T, k] -> [T, H]"""
+    total = torch.zeros(slots.shape[0], slots.shape[2], dtype=torch.float32, device=slots.device)
+    for slot in range(slots.shape[1]):
+        total += slots[:, slot].float() * weights[:, slot, None]
+    return total.to(slots.dtype)
 
 
 class PlainPerHead:

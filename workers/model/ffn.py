@@ -87,11 +87,8 @@ class MoeLayer:
 
 
 def load_moe(ffn: MoeFfn, hidden: int, prefix: str, load: Loader) -> MoeLayer:
-    """Packs the mixture of the layer `prefix`."""
-    names = NAMES[ffn.names]
-    block = f"{prefix}.{names.block}"
-    if not load.has(f"{block}.{names.gate}.weight") and load.has(f"{prefix}.mlp.{names.gate}.weight"):
-        block = f"{prefix}.mlp"  # as transformers 5 calls it in memory, whatever the family's files do
+    """Packs the mixture of the layer `prefix`; its experts come from the loader's `experts_factory`, where it has one."""
+    names, block = NAMES[ffn.names], _block(ffn, prefix, load)
     shared, gates = f"{block}.{names.shared}", load.wide if ffn.wide_gate else load
     return MoeLayer(
         gate=gates.linear([f"{block}.{names.gate}"], [ffn.experts], hidden, ffn.gate_bias),
@@ -100,7 +97,7 @@ def load_moe(ffn: MoeFfn, hidden: int, prefix: str, load: Loader) -> MoeLayer:
         correction=load.wide.vector(f"{block}.{names.gate}.e_score_correction_bias", ffn.experts)
         if ffn.route.bias
         else None,
-        experts=_load_experts(ffn, hidden, block, names, load),
+        experts=(load.experts_factory or load_experts)(ffn, hidden, prefix, load),
         shared=load_dense(
             DenseFfn(ffn.shared, act=ffn.act),
             hidden,
@@ -111,6 +108,52 @@ def load_moe(ffn: MoeFfn, hidden: int, prefix: str, load: Loader) -> MoeLayer:
         if ffn.shared
         else None,
         shared_gate=load.linear([f"{block}.shared_expert_gate"], [1], hidden, bias=False) if ffn.shared_gate else None,
+    )
+
+
+def _block(ffn: MoeFfn, prefix: str, load: Loader) -> str:
+    """Where the mixture of the layer `prefix` lies."""
+    names = NAMES[ffn.names]
+    block = f"{prefix}.{names.block}"
+    if not load.has(f"{block}.{names.gate}.weight") and load.has(f"{prefix}.mlp.{names.gate}.weight"):
+        return f"{prefix}.mlp"  # as transformers 5 calls it in memory, whatever the family's files do
+    return block
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """One expert as `Ops.experts` takes it: gate and up [F, H], down [H, F]; views of the checkpoint where they can be."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    biases: tuple[Tensor, Tensor, Tensor] | None = None
+
+
+def expert_weights(ffn: MoeFfn, hidden: int, prefix: str, load: Loader, expert: int) -> ExpertWeights:
+    """Reads one expert of the layer `prefix`, and nothing of the others, however the family keeps them."""
+    names, e, f, h = NAMES[ffn.names], ffn.experts, ffn.size, hidden
+    block = _block(ffn, prefix, load)
+
+    def one(name: str, *shape: int) -> Tensor:
+        """Its slice of the one tensor of all experts."""
+        return load.tensor(f"{block}.experts.{name}", e, *shape, part=Part(0, expert, expert + 1))[0]
+
+    if names.fused:
+        pairs, biases = one("gate_up_proj", h, 2 * f).T, None
+        if ffn.bias:
+            both = one("gate_up_proj_bias", 2 * f)
+            biases = (both[0::2], both[1::2], one("down_proj_bias", h))
+        return ExpertWeights(pairs[0::2], pairs[1::2], one("down_proj", f, h).T, biases)
+    if load.has(f"{block}.experts.gate_up_proj"):
+        rows = one("gate_up_proj", 2 * f, h)
+        return ExpertWeights(rows[:f], rows[f:], one("down_proj", h, f))
+    shapes = ((f, h), (f, h), (h, f))
+    return ExpertWeights(
+        *(
+            load.tensor(f"{block}.experts.{expert}.{part}.weight", *shape)
+            for part, shape in zip(names.parts, shapes, strict=True)
+        )
     )
 
 
@@ -135,31 +178,14 @@ class _Each(Sequence[Any]):
         return _Each(self._count, lambda expert: f(self[expert]))
 
 
-def _load_experts(ffn: MoeFfn, hidden: int, block: str, names: ExpertNames, load: Loader) -> Experts:
-    e, f, h = ffn.experts, ffn.size, hidden
-
-    def one(name: str, *shape: int) -> _Each:
-        """Slices of the one tensor of all experts."""
-        whole = f"{block}.experts.{name}"
-        return _Each(e, lambda i: load.tensor(whole, e, *shape, part=Part(0, i, i + 1))[0])
-
-    def every(part: str, *shape: int) -> _Each:
-        return _Each(e, lambda i: load.tensor(f"{block}.experts.{i}.{part}.weight", *shape))
-
-    if names.fused:
-        pairs, down = one("gate_up_proj", h, 2 * f), one("down_proj", f, h)
-        biases = None
-        if ffn.bias:
-            both = one("gate_up_proj_bias", 2 * f)
-            biases = (both.then(lambda b: b[0::2]), both.then(lambda b: b[1::2]), one("down_proj_bias", h))
-        gate, up = pairs.then(lambda w: w.T[0::2]), pairs.then(lambda w: w.T[1::2])
-        return load.ops.experts(gate, up, down.then(lambda w: w.T), biases, ffn.act)
-    if load.has(f"{block}.experts.gate_up_proj"):
-        rows = one("gate_up_proj", 2 * f, h)
-        gate, up = rows.then(lambda w: w[:f]), rows.then(lambda w: w[f:])
-        return load.ops.experts(gate, up, one("down_proj", h, f), None, ffn.act)
-    gate, up, down = (every(part, *shape) for part, shape in zip(names.parts, ((f, h), (f, h), (h, f)), strict=True))
-    return load.ops.experts(gate, up, down, None, ffn.act)
+def load_experts(ffn: MoeFfn, hidden: int, prefix: str, load: Loader) -> Experts:
+    """Packs all experts of the layer `prefix` in this process."""
+    each = _Each(ffn.experts, lambda expert: expert_weights(ffn, hidden, prefix, load, expert))
+    gate, up, down = (each.then(lambda w, part=part: getattr(w, part)) for part in ("gate", "up", "down"))
+    biases = None
+    if ffn.bias:
+        biases = (each.then(lambda w: w.biases[0]), each.then(lambda w: w.biases[1]), each.then(lambda w: w.biases[2]))
+    return load.ops.experts(gate, up, down, biases, ffn.act)
 
 
 def load_dense(

@@ -7,17 +7,24 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from workers.kernels.ops import Linear, Ops
+from workers.kernels.ops import Experts, Linear, Ops
+from workers.model.spec import MoeFfn
 from workers.model.weights import Part, TensorSource
 
 Progress = Callable[[int], None]  # called with the bytes read since the last call
+ExpertsFactory = Callable[[MoeFfn, int, str, "Loader"], Experts]  # of (ffn, hidden, the layer's prefix, loader)
 
 
 class Loader:
-    """Reads tensors of a source in the operations' dtype and packs them. `progress` hears of every tensor."""
+    """Reads tensors of a source in the operations' dtype and packs them. `progress` hears of every tensor.
+
+    `experts_factory` makes a mixture's experts where this process does not hold them: called as
+    `workers.model.ffn.load_experts` is.
+    """
 
     def __init__(self, source: TensorSource, ops: Ops, device: torch.device, progress: Progress | None = None) -> None:
         self.ops = ops
+        self.experts_factory: ExpertsFactory | None = None
         self._source, self._device, self._progress = source, device, progress
 
     @property

@@ -29,12 +29,23 @@ struct Order {
     }
 };
 
-template <class T> void combine(const T *out, T *y, const float *weights, const long *place, long k, long h) {
+// y = the sum over slots j, in order, of weights[j] * row_of(j), rounded once. The one place where slots are added: experts that were
+// computed elsewhere have the bits of those that were computed here.
+template <class T, class RowOf> void add_slots(RowOf &&row_of, T *y, const float *weights, long k, long h) {
     for (long c = 0; c < h; c += LANES) {
         floats sum = splat(0.0f);
-        for (long j = 0; j < k; j++) sum = sum + splat(weights[j]) * load(out + place[j] * h + c, h - c);
+        for (long j = 0; j < k; j++) sum = sum + splat(weights[j]) * load(row_of(j) + c, h - c);
         store(y + c, sum, h - c);
     }
+}
+
+template <class T> void combine(const void *slots, void *y, const float *weights, long t, long k, long h) {
+    parallel(t, 16, [&](long begin, long end) {
+        for (long i = begin; i < end; i++) {
+            const T *row = static_cast<const T *>(slots) + i * k * h;
+            add_slots([&](long j) { return row + j * h; }, static_cast<T *>(y) + i * h, weights + i * k, k, h);
+        }
+    });
 }
 
 // Calls f(expert, first panel, last panel + 1) for all panels of all experts that have rows.
@@ -85,8 +96,11 @@ bool run(const Experts &experts, const void *x, long x_stride, void *y, long y_s
         kernels.multiply(*experts.down[e], Rows{gate + row * row_f, f, output + row * row_h, h, m}, begin, end);
     });
     parallel(t, 16, [&](long begin, long end) {
-        for (long i = begin; i < end; i++)
-            combine(reinterpret_cast<const T *>(output), static_cast<T *>(y) + i * y_stride, weights + i * k, &order.place[i * k], k, h);
+        for (long i = begin; i < end; i++) {
+            const T *rows = reinterpret_cast<const T *>(output);
+            const long *place = &order.place[i * k];
+            add_slots([&](long j) { return rows + place[j] * h; }, static_cast<T *>(y) + i * y_stride, weights + i * k, k, h);
+        }
     });
     return true;
 }
@@ -118,4 +132,10 @@ extern "C" int understudy_experts(const Experts *experts, const void *x, long x_
     const Dtype dtype = experts->gate[0]->dtype;
     const auto function = dtype == FLOAT32 ? run<float> : dtype == BFLOAT16 ? run<bf16> : run<fp16>;
     return function(*experts, x, x_stride, y, y_stride, ids, weights, t, k) ? 0 : 2;
+}
+
+// slots [t, k, H], weights [t, k], y [t, H]: what understudy_experts does with the outputs of the chosen experts.
+extern "C" void understudy_combine(int dtype, const void *slots, void *y, const float *weights, long t, long k, long h) {
+    const auto function = dtype == FLOAT32 ? combine<float> : dtype == BFLOAT16 ? combine<bf16> : combine<fp16>;
+    function(slots, y, weights, t, k, h);
 }
