@@ -32,6 +32,8 @@ class PlainSamplingOps:
 
 
 class PagedRunner:
+    divided = False
+
     def __init__(self, blocks: list[int], windows: list[int | None], vocab: int) -> None:
         self.memory = [np.full((count, BLOCK), -1, dtype=np.int64) for count in blocks]
         self.windows, self.vocab = windows, vocab

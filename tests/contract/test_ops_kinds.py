@@ -304,7 +304,7 @@ def test_slots_that_cannot_be_combined_are_refused(ops: Ops) -> None:
     slots = random(ops.dtype, 2, 3, 8)
     with pytest.raises(ValueError, match=r"not .* \[2, 3, 8\] with \[2, 2\]"):
         ops.combine(slots, torch.ones(2, 2))
-    with pytest.raises(ValueError, match="float32, not torch.float64"):
+    with pytest.raises(ValueError, match=r"float32, not torch\.float64"):
         ops.combine(slots, torch.ones(2, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match="at least one"):
         ops.join_experts([])

@@ -216,6 +216,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
     only), plain (torch alone) or fast (CUDA only: gives up that a row's bits do not depend on its batch); what does
     not apply to the device is a ConfigError. `threads` is of computation. `speculate` is none, ngram (looks the next
     tokens up in the sequence itself) or draft (asks the model in `draft_model_dir`); `draft_tokens` at most per step.
+    `tensor_parallel` ranks hold the model together, see `workers.parallel.share`: `expert_parallel` keeps each expert
+    whole at one of them, `tensor_parallel_invariant` gives the same bits at every degree that has it.
     """
 
     model_dir: str
@@ -232,6 +234,9 @@ class EngineConfig(msgspec.Struct, frozen=True):
     speculate: str = "none"
     draft_model_dir: str | None = None
     draft_tokens: int = 4
+    tensor_parallel: int = 1
+    expert_parallel: bool = False
+    tensor_parallel_invariant: bool = False
 
 
 class Engine(Protocol):

@@ -7,19 +7,28 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
 from workers.cache.keys import root_key
 from workers.cache.manager import CacheManager
 from workers.engine.contract import EngineInfo, EngineStats, FinishReason, Grammar, Request, SequenceOutput, TokenTrace
 from workers.engine.drafts import Proposer
 from workers.engine.formats import Formats, Matcher
+from workers.engine.logits import Logits
 from workers.engine.plan import Chunk, StepPlan
-from workers.engine.rows import Masks, ask_of, drafts_of, looks_inside, row_of, samples, shaped_rows
+from workers.engine.rows import (
+    Masks,
+    ask_of,
+    drafts_of,
+    looks_inside,
+    needs_likeliest_only,
+    row_of,
+    samples,
+    shaped_rows,
+)
 from workers.engine.sampler import Choice, Row, Sampler, SamplingOps
 from workers.engine.scheduler import Scheduler
 from workers.engine.sequence import Sequence, finish_of
 from workers.engine.ways import Ways, asks, masks_of
+from workers.parallel.errors import GroupBroken
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +36,11 @@ log = logging.getLogger(__name__)
 class StepRunner(Protocol):
     """What computes a plan's rows: `workers.engine.runner.Runner`, or a test's own."""
 
-    def run(self, plan: StepPlan) -> Tensor:
+    @property
+    def divided(self) -> bool:
+        """Whether whole rows of logits cost more than the likeliest token of each."""
+
+    def run(self, plan: StepPlan) -> Logits:
         """Logits [S, V], S >= 0, of any float type, of the last `wanted` rows of each chunk, in the plan's order."""
 
     def close(self) -> None: ...
@@ -94,10 +107,14 @@ class EngineCore:
             self._draft(plan, self._proposer)
         if self._probed:
             self._ask_layers(plan)
+        if self._runner.divided:
+            self._ask_whole(plan)
         masks = self._start_masks(plan) if self._threads is not None else {}
         try:
             logits = self._runner.run(plan)
             choices = self._sampler.choose(*self._sampled(plan, logits, masks))
+        except GroupBroken:  # nothing can be computed here any more
+            raise
         except Exception as error:  # of the forward: only this step's sequences end
             wait(masks.values())
             return ended + self._fail(error)
@@ -216,6 +233,11 @@ class EngineCore:
                 futures[s.id] = self._threads.submit(masks_of, s.matcher, drafts, ends, self._info.vocab_size)
         return futures
 
+    def _ask_whole(self, plan: StepPlan) -> None:
+        """Says whose likeliest token is enough: the rest of the vocabulary then stays where it is."""
+        for chunk, s in zip(plan.chunks, self._scheduler.planned, strict=True):
+            chunk.whole = not (s.plain and needs_likeliest_only(s))
+
     def _ask_layers(self, plan: StepPlan) -> None:
         for chunk, s in zip(plan.chunks, self._scheduler.planned, strict=True):
             if looks_inside(s.request) and samples(chunk, s):
@@ -241,7 +263,7 @@ class EngineCore:
 
     # Rows and what becomes of them.
 
-    def _sampled(self, plan: StepPlan, logits: Tensor, masks: dict[str, Future[Masks]]) -> tuple[Tensor, list[Row]]:
+    def _sampled(self, plan: StepPlan, logits: Logits, masks: dict[str, Future[Masks]]) -> tuple[Logits, list[Row]]:
         """The rows of `logits` that become tokens. Takes down what the others say of the prompt."""
         rows: list[Row] = []
         lines: list[int] = []
@@ -265,7 +287,7 @@ class EngineCore:
                     rows += shaped_rows(s, s.ways, drafts_of(chunk), masks.get(s.id))
         return (logits if len(lines) == at else logits[lines]), rows
 
-    def _hear(self, s: Sequence, chunk: Chunk, logits: Tensor) -> None:
+    def _hear(self, s: Sequence, chunk: Chunk, logits: Logits) -> None:
         """Logprobs of the prompt tokens after the chunk's rows, but for those that are known already."""
         assert s.told is not None
         first, end = max(chunk.start, len(s.told)), min(chunk.start + chunk.wanted, s.prompt_tokens - 1)

@@ -30,6 +30,7 @@ from workers.engine.contract import (
     SequenceOutput,
     StepOutput,
 )
+from workers.parallel.errors import GroupBroken
 
 log = logging.getLogger(__name__)
 
@@ -293,6 +294,7 @@ class EngineLoop:
             self._commands.clear()
             reason = f"{type(error).__name__}: {error}"
             outputs = [SequenceOutput(inner, [], finish=FinishReason.ERROR, error=reason) for inner in self._owners]
-        self._deliver(outputs)
+        if not isinstance(error, GroupBroken):  # else this process ends, and every stream goes on elsewhere
+            self._deliver(outputs)
         if self._on_error is not None:
             self._on_error(error)

@@ -19,7 +19,8 @@ class Chunk:
     sample, k + 1 to check k drafts, up to all of them for logprobs of the prompt. The last `drafts` tokens are
     guesses, not yet part of the sequence. Where `probe` asks for what happens inside the layers, the runner puts into
     `seen` a trace for each of the last `drafts + 1` rows. `long`: the prompt is longer than the model's
-    `long_prompt`, and its rows are rotated by other tables.
+    `long_prompt`, and its rows are rotated by other tables. Without `whole` the likeliest token of each wanted row is
+    all that is asked for, and a model that is divided by its vocabulary gives no more.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Chunk:
     probe: Probe | None = None
     seen: list[TokenTrace] | None = None
     long: bool = False
+    whole: bool = True
 
 
 @dataclass(slots=True)

@@ -25,6 +25,12 @@ def looks_inside(request: Request) -> bool:
     return request.probe is not None and bool(request.probe.experts or request.probe.attention)
 
 
+def needs_likeliest_only(s: Sequence) -> bool:
+    """Whether a sequence that asks for nothing else takes the likeliest token, as it is, in every row."""
+    r = s.request
+    return r.sampling.temperature == 0 and r.logprobs is None and s.made >= r.min_tokens
+
+
 def drafts_of(chunk: Chunk) -> list[int]:
     """The guesses at the end of a chunk."""
     return chunk.tokens[len(chunk.tokens) - chunk.drafts :] if chunk.drafts else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from understudy.errors import ConfigError
 from workers.engine.contract import EngineConfig
+from workers.engine.logits import Logits, collect
 from workers.engine.plan import Chunk, StepPlan
 from workers.engine.watch import Watch, WatchedOps
 from workers.kernels.choose import make_ops
@@ -23,6 +25,13 @@ from workers.model.decoder import Decoder, load_decoder
 from workers.model.load import Loader
 from workers.model.quantized import open_weights
 from workers.model.spec import ModelSpec
+from workers.parallel.errors import GroupBroken
+from workers.parallel.group import ALONE, Group
+from workers.parallel.share import ALONE as WHOLE
+from workers.parallel.share import Share, check_degree
+from workers.parallel.wire import decode_plan, encode_plan
+
+log = logging.getLogger(__name__)
 
 DEFAULT_MAX_RUNNING = 64  # sequences that the default cache has room for, each with a full context
 CACHE_SHARE = {"cpu": 0.25, "cuda": 0.8}  # at most, of the memory left beside the weights, without `cache_bytes`
@@ -47,8 +56,23 @@ class RunnerInfo:
     long_prompt: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A plan that was checked, as what a forward takes: T rows, of which S are wanted."""
+
+    chunks: Sequence[Chunk]
+    ids: Tensor  # int64 [T]
+    row_start: NDArray[np.int64]
+    batch: Batch
+    sampled: Tensor  # int64 [S]
+    whole: list[bool]  # [S]
+
+
 class Runner:
-    """One device's decoder with its cache. Used from one thread."""
+    """One rank's decoder with its cache. Used from one thread.
+
+    Where a model is divided, rank 0 leads: its `run` tells the others the plan, and they `follow`.
+    """
 
     def __init__(self, decoder: Decoder, blocks: int, fingerprint: str, max_context: int) -> None:
         """`blocks` is the number of blocks of every cache group; tables hold ids in [0, blocks)."""
@@ -56,52 +80,61 @@ class Runner:
         self.blocks = blocks
         self._decoder: Decoder | None = decoder
         self._device = decoder.device
-        a = spec.attention
+        self._group, self._share = decoder.group, decoder.share
+        a = self._share.attention(spec.attention)
         latent = a.latent.rank if a.latent else None
         self._caches: list[KvCache] = [
             ops.cache(len(g.layers), blocks, a.cache_heads, a.cache_dim, latent) for g in spec.groups
         ]
-        self.block_bytes = block_bytes(spec, ops)
+        self.block_bytes = block_bytes(spec, ops, self._share)
         self.info = RunnerInfo(
             model_fingerprint=fingerprint,
-            numerics_id=ops.numerics_id,
+            numerics_id=ops.numerics_id + self._share.numerics,
             architecture=spec.architecture,
             dtype=str(ops.dtype).removeprefix("torch."),
             max_context=max_context,
             vocab_size=spec.vocab_size,
             blocks=(blocks,) * len(spec.groups),
             windows=tuple(g.window for g in spec.groups),
-            cache_bytes=sum(cache.bytes for cache in self._caches),
+            cache_bytes=sum(cache.bytes for cache in self._caches) * self._group.size,
             layers=sum(len(g.layers) for g in spec.groups),
             long_prompt=spec.long_prompt,
         )
 
     @classmethod
-    def from_checkpoint(cls, config: EngineConfig, progress: LoadProgress | None = None) -> Runner:
-        """Loads `config.model_dir`.
+    def from_checkpoint(
+        cls, config: EngineConfig, progress: LoadProgress | None = None, group: Group = ALONE
+    ) -> Runner:
+        """Loads this rank's share of `config.model_dir`.
 
         Raises CheckpointError (names the file) or ConfigError (names the key). Where sizes are not given, the
         context is the model's, cut to what the cache holds, and the cache is what DEFAULT_MAX_RUNNING full contexts
-        need, at most CACHE_SHARE of the memory that the weights leave.
+        need, at most CACHE_SHARE of the memory that the weights leave. All ranks have the size of the smallest.
         """
         model_dir = Path(config.model_dir)
         spec = read_spec(model_dir)
+        check_degree(spec, group.size, config.tensor_parallel_invariant, config.expert_parallel)
+        share = Share(group.rank, group.size, config.tensor_parallel_invariant, config.expert_parallel)
         ops = make_ops(
             spec.dtype if config.dtype == "auto" else config.dtype, config.device, config.kernels, config.threads
         )
         device = torch.device(config.device)
         checkpoint = open_weights(model_dir, spec.quantization, ops.dtype)
         total = sum(checkpoint.nbytes(name) for name in checkpoint.entries)
-        max_context, blocks = cache_size(spec, ops, config, max(0, available_memory(device) - total))
+        memory = max(0, available_memory(device) - total)
+        if device.type == "cpu":  # of which ranks on one machine see the whole
+            memory //= group.size
+        max_context, blocks = agreed(cache_size(spec, ops, config, memory, share), group)
         done = 0
 
         def read(nbytes: int) -> None:
             nonlocal done
             done += nbytes
             if progress is not None:
-                progress(done, total)
+                progress(min(done * group.size, total), total)
 
-        decoder = load_decoder(spec, Loader(checkpoint, ops, device, read), ops, max_context, device)
+        load = Loader(checkpoint, ops, device, read, share, group)
+        decoder = load_decoder(spec, load, ops, max_context, device)
         if progress is not None:
             progress(total, total)
         checkpoint.log_unused()
@@ -116,17 +149,46 @@ class Runner:
         """One per cache group."""
         return self._caches
 
-    def run(self, plan: StepPlan) -> Tensor:
+    @property
+    def divided(self) -> bool:
+        """Whether other ranks hold a part of the vocabulary."""
+        return self._group.size > 1
+
+    def run(self, plan: StepPlan) -> Logits:
         """Computes every row of the plan, in order, and writes its keys and values.
 
         Returns the logits of the last `wanted` rows of each chunk, in the plan's order: [S, V] in the model's dtype.
         Raises ValueError for a row outside the context, the vocabulary or its table: the kernels would read or write
-        memory that is not theirs.
+        memory that is not theirs. Raises GroupBroken when another rank is lost; nothing can be run any more then.
         """
         decoder = self._open()
-        chunks = plan.chunks
-        if not chunks:
+        if not plan.chunks:
             return torch.zeros(0, decoder.spec.vocab_size, dtype=decoder.ops.dtype)
+        step = self._prepare(plan)
+        if not self.divided:
+            return self._compute(step)
+        self._group.tell(encode_plan(plan))
+        try:
+            return self._compute(step)
+        except GroupBroken:
+            raise
+        except Exception as error:  # the others are in the middle of the step and would wait for ever
+            self._group.abort(f"rank 0 failed: {type(error).__name__}: {error}")
+            raise GroupBroken(f"rank 0 failed: {type(error).__name__}: {error}") from error
+
+    def follow(self) -> None:
+        """Runs what rank 0 tells, until it closes. Raises GroupBroken when a rank is lost, this one included."""
+        try:
+            while message := self._group.hear():
+                self._compute(self._prepare(decode_plan(message)))
+        except GroupBroken:
+            raise
+        except Exception as error:
+            self._group.abort(f"rank {self._group.rank} failed: {type(error).__name__}: {error}")
+            raise GroupBroken(f"rank {self._group.rank} failed: {type(error).__name__}: {error}") from error
+
+    def _prepare(self, plan: StepPlan) -> Step:
+        chunks = plan.chunks
         lengths = np.fromiter((len(c.tokens) for c in chunks), np.int64, len(chunks))
         starts = np.fromiter((c.start for c in chunks), np.int64, len(chunks))
         row_start = np.zeros(len(chunks) + 1, np.int64)
@@ -149,35 +211,41 @@ class Runner:
             rope_rows=self._rope_rows(chunks, positions, lengths),
         )
         sampled = self._tensor(last_rows(row_start[1:], wanted))
-        if any(c.probe is not None for c in chunks):
-            return self._watched(decoder, chunks, row_start, self._tensor(ids), batch, sampled)
-        return decoder.forward(self._tensor(ids), batch, self._caches, sampled)
+        whole = [c.whole for c in chunks for _ in range(c.wanted)]
+        return Step(chunks, self._tensor(ids), row_start, batch, sampled, whole)
 
-    def _watched(
-        self,
-        decoder: Decoder,
-        chunks: Sequence[Chunk],
-        row_start: NDArray[np.int64],
-        ids: Tensor,
-        batch: Batch,
-        sampled: Tensor,
-    ) -> Tensor:
+    def _compute(self, step: Step) -> Logits:
+        decoder = self._open()
+        if any(c.probe is not None for c in step.chunks):
+            logits = self._watched(decoder, step)
+        else:
+            logits = decoder.forward(step.ids, step.batch, self._caches, step.sampled)
+        return collect(logits, step.whole, decoder.spec.vocab_size, self._share, self._group, decoder.ops)
+
+    def _watched(self, decoder: Decoder, step: Step) -> Tensor:
         """The same forward, and what happened in it to the rows that somebody wants to know of."""
         rows = {
             id(c): range(int(end) - 1 - c.drafts, int(end))
-            for c, end in zip(chunks, row_start[1:], strict=True)
+            for c, end in zip(step.chunks, step.row_start[1:], strict=True)
             if c.probe is not None
         }
-        probes = {row: c.probe for c in chunks if c.probe is not None for row in rows[id(c)]}
-        watch = Watch(probes, sampled, len(ids))
-        logits = replace(decoder, ops=WatchedOps(decoder.ops, watch)).forward(ids, batch, self._caches, sampled)
-        for chunk in chunks:
+        probes = {row: c.probe for c in step.chunks if c.probe is not None for row in rows[id(c)]}
+        watch = Watch(probes, step.sampled, len(step.ids), self._group)
+        watched = replace(decoder, ops=WatchedOps(decoder.ops, watch))
+        logits = watched.forward(step.ids, step.batch, self._caches, step.sampled)
+        for chunk in step.chunks:
             if chunk.probe is not None:
                 chunk.seen = [watch.traces[row] for row in rows[id(chunk)]]
         return logits
 
     def close(self) -> None:
-        """Lets go of weights and cache. Idempotent."""
+        """Lets go of weights and cache, and of the other ranks. Idempotent."""
+        if self._decoder is not None and self.divided and self._group.rank == 0:
+            try:
+                self._group.tell(b"")
+            except GroupBroken as error:
+                log.info("the group was broken when it was closed: %s", error)
+        self._group.close()
         self._decoder = None
         self._caches = []
 
@@ -245,9 +313,9 @@ def last_rows(ends: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.
     return np.arange(before[-1]) + np.repeat(ends - before, counts)
 
 
-def block_bytes(spec: ModelSpec, ops: Ops) -> int:
-    """Bytes of one block of every cache group together."""
-    a = spec.attention
+def block_bytes(spec: ModelSpec, ops: Ops, share: Share = WHOLE) -> int:
+    """Bytes of one block of every cache group together, at one rank."""
+    a = share.attention(spec.attention)
     latent = a.latent.rank if a.latent else None
     return sum(ops.cache_block_bytes(len(g.layers), a.cache_heads, a.cache_dim, latent) for g in spec.groups)
 
@@ -275,15 +343,22 @@ def left_in_group(group: Path) -> int | None:
     return max(0, int(text) - int(used.read_text()) + files)
 
 
-def cache_size(spec: ModelSpec, ops: Ops, config: EngineConfig, memory: int) -> tuple[int, int]:
-    """(max_context, blocks of each cache group) from what is given, the model and the bytes of `memory` left over."""
+def agreed(size: tuple[int, int], group: Group) -> tuple[int, int]:
+    """The smallest (max_context, blocks) of all ranks."""
+    said = [[int(n) for n in message.split()] for message in group.exchange(f"{size[0]} {size[1]}".encode())]
+    return min(context for context, _ in said), min(blocks for _, blocks in said)
+
+
+def cache_size(spec: ModelSpec, ops: Ops, config: EngineConfig, memory: int, share: Share = WHOLE) -> tuple[int, int]:
+    """(max_context, blocks of each cache group) from what is given, the model and the bytes of `memory` left over.
+    `cache_bytes` is that of all ranks together."""
     if config.max_context is not None and not 1 <= config.max_context <= spec.max_context:
         raise ConfigError(f"max_context: {config.max_context} is not within 1 and the model's {spec.max_context}")
     context = config.max_context or spec.max_context
-    each = block_bytes(spec, ops)
+    each = block_bytes(spec, ops, share)
     per_context = -(-context // BLOCK)
     if config.cache_bytes is not None:
-        blocks = config.cache_bytes // each
+        blocks = config.cache_bytes // share.size // each
         given = f"cache_bytes: {config.cache_bytes}"
     else:
         share = int(memory * CACHE_SHARE[torch.device(config.device).type])

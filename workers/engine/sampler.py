@@ -28,11 +28,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.engine.contract import Candidate, Sampling, TokenLogprob
 from workers.engine.formats import Bits
+from workers.engine.logits import DividedLogits, Logits, whole_rows
 from workers.engine.penalties import Bias, Penalized, add_bias, penalize
 from workers.engine.philox import uniforms
 
@@ -101,7 +103,7 @@ class Sampler:
     def __init__(self, ops: SamplingOps) -> None:
         self._ops = ops
 
-    def choose(self, logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
+    def choose(self, logits: Logits, rows: Sequence[Row]) -> list[Choice]:
         """logits: [S, V] of any float type, one row for each of `rows`. A batch that is all greedy costs one argmax."""
         if not rows:
             return []
@@ -119,24 +121,26 @@ class Sampler:
             self._tell(logits, rows, told, choices)
         return choices
 
-    def prompt_logprobs(self, logits: Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
+    def prompt_logprobs(self, logits: Logits, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
         """What rows [R, V] said of the tokens [R] that follow them, with the `count` likeliest of each."""
-        values = self._ops.logprobs(logits).cpu().numpy()
+        values = self._ops.logprobs(whole_rows(logits)).cpu().numpy()
         return [token_logprob(value, token, count) for value, token in zip(values, tokens, strict=True)]
 
-    def _likeliest(self, logits: Tensor) -> Iterable[tuple[int, float]]:
+    def _likeliest(self, logits: Logits) -> Iterable[tuple[int, float]]:
         """Id and logit of each row's likeliest token. A NaN is likeliest, so that it cannot hide."""
+        if isinstance(logits, DividedLogits):
+            return zip(logits.ids.tolist(), logits.values.tolist(), strict=True)
         ids = self._ops.argmax(logits)
         return zip(ids.tolist(), logits.gather(1, ids[:, None])[:, 0].tolist(), strict=True)
 
-    def _draw(self, logits: Tensor, rows: Sequence[Row], which: list[int], choices: list[Choice]) -> None:
+    def _draw(self, logits: Logits, rows: Sequence[Row], which: list[int], choices: list[Choice]) -> None:
         values = _numpy(logits, which)
         for value, number, i in zip(values, _numbers(rows, which), which, strict=True):
             choices[i].token = draw(value, rows[i].sampling, (), float(number))
 
-    def _shape(self, logits: Tensor, rows: Sequence[Row], which: list[int], choices: list[Choice]) -> None:
+    def _shape(self, logits: Logits, rows: Sequence[Row], which: list[int], choices: list[Choice]) -> None:
         """Chooses for rows whose logits are not taken as they are."""
-        values: Floats = logits[which].float().cpu().numpy()  # indexing copies
+        values: Floats = whole_rows(logits, which).to(torch.float32, copy=True).cpu().numpy()
         shape(values, [rows[i] for i in which])
         for value, number, i in zip(values, _numbers(rows, which), which, strict=True):
             extra, choice = rows[i].extra, choices[i]
@@ -149,11 +153,11 @@ class Sampler:
             else:
                 choice.error = "no token is left: format, bad words and min_tokens bar all; relax one of them"
             if extra is not None and extra.candidates is not None and not (choice.error or choice.over):
-                logprobs = self._ops.logprobs(logits[i : i + 1]).cpu().numpy()[0]
+                logprobs = self._ops.logprobs(whole_rows(logits, [i])).cpu().numpy()[0]
                 choice.candidates = candidates(logprobs, value, rows[i], choice.token)
 
-    def _tell(self, logits: Tensor, rows: Sequence[Row], which: list[int], choices: list[Choice]) -> None:
-        values = self._ops.logprobs(logits if len(which) == len(rows) else logits[which]).cpu().numpy()
+    def _tell(self, logits: Logits, rows: Sequence[Row], which: list[int], choices: list[Choice]) -> None:
+        values = self._ops.logprobs(whole_rows(logits, which)).cpu().numpy()
         for value, i in zip(values, which, strict=True):
             choices[i].logprob = token_logprob(value, choices[i].token, rows[i].logprobs or 0)
 
@@ -204,9 +208,8 @@ def candidates(logprobs: Floats, shaped: Floats, row: Row, token: int) -> list[C
     return [Candidate(id, math.exp(float(logprobs[id])), float(after[id])) for id in told]
 
 
-def _numpy(logits: Tensor, which: list[int]) -> Floats:
-    chosen = logits if len(which) == len(logits) else logits[which]
-    result: Floats = chosen.float().cpu().numpy()
+def _numpy(logits: Logits, which: list[int]) -> Floats:
+    result: Floats = whole_rows(logits, which).float().cpu().numpy()
     return result
 
 

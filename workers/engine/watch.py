@@ -14,17 +14,18 @@ from torch import Tensor
 
 from workers.engine.contract import LayerAttention, LayerExperts, Probe, TokenTrace
 from workers.kernels.ops import BLOCK, Batch, KvCache
+from workers.parallel.group import ALONE, Group, tree_sum
 
 
 class Watch:
     """Collects a trace for every row of `probes`, by row of the step. `sampled` [S], ascending, are the rows that go
-    on after the last layer's attention; `rows` is how many the step has."""
+    on after the last layer's attention; `rows` is how many the step has. Each rank of `group` has as many heads."""
 
-    def __init__(self, probes: Mapping[int, Probe], sampled: Tensor, rows: int) -> None:
+    def __init__(self, probes: Mapping[int, Probe], sampled: Tensor, rows: int, group: Group = ALONE) -> None:
         self.traces = {row: TokenTrace() for row in probes}
         self._probes = probes
         self._after = {int(row): i for i, row in enumerate(sampled.tolist())}
-        self._rows = rows
+        self._rows, self._group = rows, group
         self._layer = -1
         self._routed = False
 
@@ -54,6 +55,7 @@ class Watch:
                 weights = attention_weights(
                     q[row], keys[:, start - first : position + 1 - first], scale, sinks, softcap
                 )
+                weights = tree_sum(self._group.gather(weights[None]))[0] / self._group.size
                 self.traces[row].attention.append(LayerAttention(self._layer, start, weights.tolist()))
 
     def routed(self, ids: Tensor, weights: Tensor) -> None:

@@ -11,9 +11,26 @@ from workers.kernels.ops import Batch, KvCache, Linear, Ops
 from workers.model.load import Loader
 from workers.model.names import Names
 from workers.model.norm import norm_weight
-from workers.model.spec import ModelSpec
+from workers.model.spec import Attention, ModelSpec
+from workers.parallel.group import Group
+from workers.parallel.layers import gather_heads
 
 RopeTables = tuple[Tensor, Tensor] | tuple[None, None]  # cosines, sines
+
+
+@dataclass(frozen=True, slots=True)
+class FlatNorm:
+    """RMSNorm over the components of all heads, wherever they are. `kv_holders`: ranks that hold one KV head."""
+
+    group: Group
+    kv_holders: int
+
+    def __call__(self, ops: Ops, x: Tensor, weight: Tensor | None, eps: float, holders: int) -> Tensor:
+        if self.group.size == 1:
+            return ops.rms_norm(x, weight, eps)
+        whole, width = gather_heads(x, self.group, holders), x.shape[1]
+        begin = self.group.rank // holders * width
+        return ops.rms_norm(whole, weight, eps)[:, begin : begin + width]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +39,11 @@ class AttentionLayer:
 
     qkv: Linear  # rows of q, then k, then v
     out: Linear
-    q_norm: Tensor | None  # [D], or [Hq D] where `flat`
+    q_norm: Tensor | None  # [D]; of `flat`, of all ranks' heads
     k_norm: Tensor | None
-    flat: bool
+    flat: FlatNorm | None
     sinks: Tensor | None  # float32 [Hq]
-    heads: tuple[int, int]  # (Hq, Hkv)
+    heads: tuple[int, int]  # (Hq, Hkv) of this rank
     head_dim: int
     eps: float
     scale: float
@@ -38,9 +55,9 @@ class AttentionLayer:
     def mix(self, ops: Ops, x: Tensor, rope: RopeTables, batch: Batch, caches: list[KvCache]) -> Tensor:
         """Writes this step's keys and values and attends: [T, H] -> [T, Hq D], before the output projection."""
         cache, qkv, q_norm, k_norm = caches[self.group], self.qkv(x), self.q_norm, self.k_norm
-        if self.flat:
+        if self.flat is not None:
             q, k, v = qkv.split([self.heads[0] * self.head_dim, *(self.heads[1] * self.head_dim,) * 2], dim=1)
-            q, k = ops.rms_norm(q, q_norm, self.eps), ops.rms_norm(k, k_norm, self.eps)
+            q, k = self.flat(ops, q, q_norm, self.eps, 1), self.flat(ops, k, k_norm, self.eps, self.flat.kv_holders)
             qkv, q_norm, k_norm = torch.cat([q, k, v], dim=1), None, None
         q = ops.rope_write(qkv, self.heads, q_norm, k_norm, self.eps, *rope, cache, self.slot, batch, self.group)
         return ops.attend(
@@ -49,10 +66,11 @@ class AttentionLayer:
 
 
 def load_attention(spec: ModelSpec, layer: int, load: Loader, names: Names) -> AttentionLayer:
-    """Packs the attention of one layer."""
-    a, prefix = spec.attention, names.layer(layer)
+    """Packs this rank's heads of one layer's attention."""
+    a, prefix, share = spec.attention, names.layer(layer), load.share
     q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    rows = [q, kv, kv] if len(names.qkv) > 1 else [q + 2 * kv]
+    sizes = [q, kv, kv] if len(names.qkv) > 1 else [q + 2 * kv]
+    heads, kv_heads = share.even(a.heads), share.kv_heads(a)
     group = spec.layer_group[layer]
     flat = a.qk_norm == "flat"
 
@@ -63,15 +81,19 @@ def load_attention(spec: ModelSpec, layer: int, load: Loader, names: Names) -> A
 
     return AttentionLayer(
         qkv=load.linear(
-            [f"{prefix}.{name}" for name in names.qkv], rows, spec.hidden, a.qkv_bias, names.transposed,
-            _by_part(a.heads, a.head_dim) if names.qkv_by_head else None,
+            [f"{prefix}.{name}" for name in names.qkv], sizes, spec.hidden, a.qkv_bias, names.transposed,
+            _by_part(len(heads), a.head_dim) if names.qkv_by_head else None,
+            None if share.size == 1 else _qkv_rows(a, heads, kv_heads, names),
         ),
-        out=load.linear([f"{prefix}.{names.out}"], [spec.hidden], q, a.out_bias, names.transposed),
+        out=load.summed(
+            f"{prefix}.{names.out}", spec.hidden, q, a.out_bias,
+            [times(part, a.head_dim) for part in share.summed(a.heads)], names.transposed,
+        ),
         q_norm=qk_norm(names.q_norm, q),
         k_norm=qk_norm(names.k_norm, kv),
-        flat=flat,
-        sinks=load.wide.vector(f"{prefix}.{names.sinks}", a.heads) if a.sinks else None,
-        heads=(a.heads, a.kv_heads),
+        flat=FlatNorm(load.group, max(1, share.size // a.kv_heads)) if flat else None,
+        sinks=load.wide.vector(f"{prefix}.{names.sinks}", a.heads, [heads]) if a.sinks else None,
+        heads=(len(heads), len(kv_heads)),
         head_dim=a.head_dim,
         eps=spec.norm.eps,
         scale=a.head_dim**-0.5 if a.scale is None else a.scale,
@@ -80,6 +102,23 @@ def load_attention(spec: ModelSpec, layer: int, load: Loader, names: Names) -> A
         slot=spec.groups[group].layers.index(layer),
         window=spec.groups[group].window,
     )  # fmt: skip
+
+
+def times(some: range, size: int) -> range:
+    """The components of some heads."""
+    return range(some.start * size, some.stop * size)
+
+
+def _qkv_rows(a: Attention, heads: range, kv_heads: range, names: Names) -> list[list[range]]:
+    """Which rows of each tensor are this rank's."""
+    d = a.head_dim
+    if names.qkv_by_head:
+        return [[times(heads, 3 * d)]]
+    rows = [times(heads, d), times(kv_heads, d), times(kv_heads, d)]
+    if len(names.qkv) > 1:
+        return [[some] for some in rows]
+    begins = (0, a.heads * d, (a.heads + a.kv_heads) * d)
+    return [[range(b + some.start, b + some.stop) for b, some in zip(begins, rows, strict=True)]]
 
 
 def _by_part(heads: int, head_dim: int) -> Tensor:

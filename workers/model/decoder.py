@@ -20,6 +20,10 @@ from workers.model.names import Names, find_names
 from workers.model.norm import Joint, RowNorm, load_norm
 from workers.model.rope import rope_tables, sinusoids
 from workers.model.spec import ModelSpec, Rope
+from workers.parallel.group import ALONE, Group
+from workers.parallel.layers import DividedTable
+from workers.parallel.share import ALONE as WHOLE
+from workers.parallel.share import Share
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +41,15 @@ class Layer:
 class Embedding:
     """What stands at the beginning of the stream: ids [T] -> [T, H]"""
 
-    table: Tensor  # [V, embed_dim]
+    table: Tensor  # [V, embed_dim], or this rank's rows of it
+    divided: DividedTable | None  # looks rows up that other ranks have
     scale: float
     project: Linear | None  # embed_dim -> H
     positions: Tensor | None  # added, [context + offset, H]
     offset: int
 
     def __call__(self, ops: Ops, ids: Tensor, at: Tensor) -> Tensor:
-        x = ops.embed(self.table, ids)
+        x = ops.embed(self.table, ids) if self.divided is None else self.divided(ops, ids)
         if self.scale != 1.0:
             x *= self.scale
         if self.project is not None:
@@ -64,15 +69,23 @@ class Decoder:
     layers: tuple[Layer, ...]
     final: Joint
     project_out: Linear | None  # H -> embed_dim
-    head: Linear  # [V, embed_dim]
+    head: Linear  # [V, embed_dim], or this rank's rows of it
+    share: Share = WHOLE
+    group: Group = ALONE
 
     @property
     def device(self) -> torch.device:
         return self.embed.table.device
 
+    @property
+    def kv_heads(self) -> range:
+        """Heads of the cache that this rank keeps."""
+        return self.share.kv_heads(self.spec.attention)
+
     @torch.inference_mode()
     def forward(self, ids: Tensor, batch: Batch, caches: list[KvCache], sampled: Tensor) -> Tensor:
-        """ids: int64 [T]; caches: one per cache group; sampled: int64 [S], ascending -> logits [S, V]."""
+        """ids: int64 [T]; caches: one per cache group; sampled: int64 [S], ascending -> logits [S, V], of a
+        divided model this rank's columns of them."""
         ops, parallel = self.ops, self.spec.block.parallel
         stream, delta = self.embed(ops, ids, batch.positions), None
         for layer in self.layers:
@@ -80,7 +93,7 @@ class Decoder:
             x = layer.attention.mix(ops, x, layer.rope, batch, caches)
             if layer is self.layers[-1] and len(sampled) < len(ids):  # from here on only the rows that somebody wants
                 if not len(sampled):
-                    return x.new_zeros(0, self.spec.vocab_size)
+                    return x.new_zeros(0, self.head.n)
                 x, stream = x[sampled], stream[sampled]
             delta = _after(ops, layer.attention.out(x), layer.attention_after)
             if parallel:
@@ -109,7 +122,7 @@ def load_decoder(spec: ModelSpec, load: Loader, ops: Ops, max_context: int, devi
             tables[rope] = _tables(spec, rope, max_context, device)
     embed = _load_embedding(spec, load, names, max_context)
     layers, final = _load_layers(spec, load, names, tables)
-    width = spec.embed_dim or spec.hidden
+    width, vocabulary = spec.embed_dim or spec.hidden, load.share.some(spec.vocab_size)
     return Decoder(
         spec=spec,
         ops=ops,
@@ -121,7 +134,9 @@ def load_decoder(spec: ModelSpec, load: Loader, ops: Ops, max_context: int, devi
         else None,
         head=ops.linear(embed.table)
         if spec.tie_embeddings
-        else load.linear([names.head], [spec.vocab_size], width, bias=False),
+        else load.linear([names.head], [spec.vocab_size], width, bias=False, rows=[[vocabulary]]),
+        share=load.share,
+        group=load.group,
     )
 
 
@@ -137,7 +152,8 @@ def _tables(spec: ModelSpec, rope: Rope, positions: int, device: torch.device) -
 def _load_embedding(spec: ModelSpec, load: Loader, names: Names, max_context: int) -> Embedding:
     dtype, positions, offset = load.ops.dtype, None, 0
     width = spec.embed_dim or spec.hidden
-    table = load.table(f"{names.within(names.embedding)}.weight", spec.vocab_size, width)
+    vocabulary = load.share.some(spec.vocab_size)
+    table = load.table(f"{names.within(names.embedding)}.weight", spec.vocab_size, width, vocabulary)
     if spec.positions is not None:
         offset = spec.positions.offset
         if spec.positions.kind == "learned":
@@ -146,6 +162,7 @@ def _load_embedding(spec: ModelSpec, load: Loader, names: Names, max_context: in
             positions = sinusoids(max_context + offset, spec.hidden).to(table)
     return Embedding(
         table=table,
+        divided=DividedTable(table, vocabulary.start, load.group) if load.share.size > 1 else None,
         scale=torch.tensor(spec.embed_scale, dtype=dtype).item(),  # rounded as Gemma's reference does
         project=load.linear([names.within(names.project_in)], [spec.hidden], width, bias=False)
         if spec.embed_dim

@@ -13,6 +13,7 @@ from workers.model.load import Loader
 from workers.model.names import Names
 from workers.model.spec import DenseFfn, ModelSpec, MoeFfn, Route
 from workers.model.weights import Part
+from workers.parallel.experts import SlicedExperts, SpreadExperts
 
 _SIGMOID = Route(top_k=1, scoring="sigmoid", renormalize=False)  # of the one logit of a shared expert's gate
 
@@ -87,7 +88,7 @@ class MoeLayer:
 
 
 def load_moe(ffn: MoeFfn, hidden: int, prefix: str, load: Loader) -> MoeLayer:
-    """Packs the mixture of the layer `prefix`; its experts come from the loader's `experts_factory`, where it has one."""
+    """Packs the mixture of the layer `prefix`; experts come from the loader's `experts_factory`, where it has one."""
     names, block = NAMES[ffn.names], _block(ffn, prefix, load)
     shared, gates = f"{block}.{names.shared}", load.wide if ffn.wide_gate else load
     return MoeLayer(
@@ -122,39 +123,50 @@ def _block(ffn: MoeFfn, prefix: str, load: Loader) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """One expert as `Ops.experts` takes it: gate and up [F, H], down [H, F]; views of the checkpoint where they can be."""
+    """One expert as `Ops.experts` takes it: gate and up [F, H], down [H, F]; views of the checkpoint where possible."""
 
     gate: Tensor
     up: Tensor
     down: Tensor
-    biases: tuple[Tensor, Tensor, Tensor] | None = None
+    biases: tuple[Tensor, Tensor, Tensor | None] | None = None
 
 
-def expert_weights(ffn: MoeFfn, hidden: int, prefix: str, load: Loader, expert: int) -> ExpertWeights:
-    """Reads one expert of the layer `prefix`, and nothing of the others, however the family keeps them."""
+def expert_weights(
+    ffn: MoeFfn, hidden: int, prefix: str, load: Loader, expert: int, columns: range | None = None
+) -> ExpertWeights:
+    """Reads one expert of the layer `prefix`, and nothing of the others, however the family keeps them.
+
+    `columns`: these of its F alone; the bias of down then comes with the first.
+    """
     names, e, f, h = NAMES[ffn.names], ffn.experts, ffn.size, hidden
-    block = _block(ffn, prefix, load)
+    block, some = _block(ffn, prefix, load), columns or range(f)
 
-    def one(name: str, *shape: int) -> Tensor:
-        """Its slice of the one tensor of all experts."""
-        return load.tensor(f"{block}.experts.{name}", e, *shape, part=Part(0, expert, expert + 1))[0]
+    def one(name: str, *shape: int, axis: int = 0, begin: int = 0, step: int = 1) -> Tensor:
+        """Its slice of the one tensor of all experts, of which some columns along `axis` of the expert."""
+        cut = Part(axis + 1, begin + step * some.start, begin + step * some.stop)
+        whole = f"{block}.experts.{name}"
+        return load.tensor(whole, e, *shape, part=Part(0, expert, expert + 1), within=[cut])[0]
 
     if names.fused:
-        pairs, biases = one("gate_up_proj", h, 2 * f).T, None
+        pairs, biases = one("gate_up_proj", h, 2 * f, axis=1, step=2).T, None
         if ffn.bias:
-            both = one("gate_up_proj_bias", 2 * f)
-            biases = (both[0::2], both[1::2], one("down_proj_bias", h))
+            both = one("gate_up_proj_bias", 2 * f, step=2)
+            out = load.tensor(f"{block}.experts.down_proj_bias", e, h, part=Part(0, expert, expert + 1))[0]
+            biases = (both[0::2], both[1::2], out if some.start == 0 else None)
         return ExpertWeights(pairs[0::2], pairs[1::2], one("down_proj", f, h).T, biases)
     if load.has(f"{block}.experts.gate_up_proj"):
-        rows = one("gate_up_proj", 2 * f, h)
-        return ExpertWeights(rows[:f], rows[f:], one("down_proj", h, f))
-    shapes = ((f, h), (f, h), (h, f))
+        gate, up = (one("gate_up_proj", 2 * f, h, begin=begin) for begin in (0, f))
+        return ExpertWeights(gate, up, one("down_proj", h, f, axis=1))
+    shapes, axes = ((f, h), (f, h), (h, f)), (0, 0, 1)
     return ExpertWeights(
         *(
-            load.tensor(f"{block}.experts.{expert}.{part}.weight", *shape)
-            for part, shape in zip(names.parts, shapes, strict=True)
+            load.tensor(
+                f"{block}.experts.{expert}.{name}.weight", *shape,
+                part=None if columns is None else Part(axis, some.start, some.stop),
+            )
+            for name, shape, axis in zip(names.parts, shapes, axes, strict=True)
         )
-    )
+    )  # fmt: skip
 
 
 class _Each(Sequence[Any]):
@@ -179,8 +191,23 @@ class _Each(Sequence[Any]):
 
 
 def load_experts(ffn: MoeFfn, hidden: int, prefix: str, load: Loader) -> Experts:
-    """Packs all experts of the layer `prefix` in this process."""
-    each = _Each(ffn.experts, lambda expert: expert_weights(ffn, hidden, prefix, load, expert))
+    """Packs this rank's experts of the layer `prefix`, or its part of each."""
+    share = load.share
+    if share.alone:
+        return pack_experts(ffn, hidden, prefix, load)
+    if share.whole_experts:
+        mine = pack_experts(ffn, hidden, prefix, load, share.some(ffn.experts))
+        return SpreadExperts(mine, ffn.experts, share, load.group, load.ops)
+    parts = [pack_experts(ffn, hidden, prefix, load, columns=columns) for columns in share.summed(ffn.size)]
+    return SlicedExperts(parts, load.group)
+
+
+def pack_experts(
+    ffn: MoeFfn, hidden: int, prefix: str, load: Loader, some: range | None = None, columns: range | None = None
+) -> Experts:
+    """Experts `some` (None: all) of the layer `prefix`, or these columns of each."""
+    numbers = some or range(ffn.experts)
+    each = _Each(len(numbers), lambda i: expert_weights(ffn, hidden, prefix, load, numbers[i], columns))
     gate, up, down = (each.then(lambda w, part=part: getattr(w, part)) for part in ("gate", "up", "down"))
     biases = None
     if ffn.bias:
@@ -191,11 +218,13 @@ def load_experts(ffn: MoeFfn, hidden: int, prefix: str, load: Loader) -> Experts
 def load_dense(
     ffn: DenseFfn, hidden: int, gate_up: Sequence[str], down: str, load: Loader, transposed: bool = False
 ) -> DenseLayer:
-    """Packs a feed-forward: `gate_up` names gate and up, or the one tensor of both, or without a gate up alone."""
-    out = load.linear([down], [hidden], ffn.size, ffn.bias, transposed)
+    """Packs this rank's part of a feed-forward: `gate_up` names gate and up, or the one tensor of both, or without a
+    gate up alone."""
+    out = load.summed(down, hidden, ffn.size, ffn.bias, load.share.summed(ffn.size), transposed)
     if ffn.gated:
         return DenseLayer(load.gated(gate_up, ffn.size, hidden, ffn.bias, ffn.act), out, act=None)
-    return DenseLayer(load.linear(gate_up, [ffn.size], hidden, ffn.bias, transposed), out, ffn.act)
+    mine = None if load.share.size == 1 else [[load.share.even(ffn.size)]]
+    return DenseLayer(load.linear(gate_up, [ffn.size], hidden, ffn.bias, transposed, rows=mine), out, ffn.act)
 
 
 def load_ffn(spec: ModelSpec, layer: int, load: Loader, names: Names) -> DenseLayer | MoeLayer:

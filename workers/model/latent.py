@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from workers.kernels.ops import Batch, KvCache, Linear, Ops
+from workers.model.attention import times
 from workers.model.load import Loader
 from workers.model.spec import Latent, ModelSpec
 
@@ -33,7 +34,7 @@ class LatentAttention:
     absorb: Linear  # Hq N -> Hq L, head by head
     values: Linear  # Hq L -> Hq V, head by head
     out: Linear
-    heads: int
+    heads: int  # of this rank
     latent: Latent
     group: int  # cache group of this layer
     slot: int  # its place within the group's cache
@@ -62,18 +63,21 @@ def load_latent(spec: ModelSpec, layer: int, load: Loader) -> LatentAttention:
     prefix = f"model.layers.{layer}.self_attn"
     rope = spec.rope[layer]
     halves = _halves(m.rope_dim, rope is not None and rope.interleaved)
-    rows, width = _query_rows(a.heads, m, halves), a.heads * (m.nope_dim + m.rope_dim)
+    heads, width = load.share.even(a.heads), a.heads * (m.nope_dim + m.rope_dim)
+    rows, mine = _query_rows(len(heads), m, halves), [times(heads, m.nope_dim + m.rope_dim)]
     if m.query_rank is None:
-        first, query, query_norm = [load.tensor(f"{prefix}.q_proj.weight", width, spec.hidden)[rows]], None, None
+        q_proj = load.rows(f"{prefix}.q_proj.weight", width, spec.hidden, rows=mine)
+        first, query, query_norm = [q_proj[rows]], None, None
     else:
         first = [load.tensor(f"{prefix}.q_a_proj.weight", m.query_rank, spec.hidden)]
-        query = load.ops.linear(load.tensor(f"{prefix}.q_b_proj.weight", width, m.query_rank)[rows])
+        query = load.ops.linear(load.rows(f"{prefix}.q_b_proj.weight", width, m.query_rank, rows=mine)[rows])
         query_norm = load.vector(f"{prefix}.q_a_layernorm.weight", m.query_rank)
     key_rows = torch.cat([torch.arange(m.rank), m.rank + halves])
     first.append(load.tensor(f"{prefix}.kv_a_proj_with_mqa.weight", m.rank + m.rope_dim, spec.hidden)[key_rows])
     bias = _first_bias(load, prefix, m, len(first[0]), key_rows) if a.qkv_bias else None
-    up = load.tensor(f"{prefix}.kv_b_proj.weight", a.heads * (m.nope_dim + m.value_dim), m.rank)
-    keys, values = up.view(a.heads, -1, m.rank).split([m.nope_dim, m.value_dim], dim=1)
+    both = m.nope_dim + m.value_dim
+    up = load.rows(f"{prefix}.kv_b_proj.weight", a.heads * both, m.rank, rows=[times(heads, both)])
+    keys, values = up.view(len(heads), -1, m.rank).split([m.nope_dim, m.value_dim], dim=1)
     group = spec.layer_group[layer]
     return LatentAttention(
         first=load.ops.linear(torch.cat(first), bias),
@@ -82,13 +86,16 @@ def load_latent(spec: ModelSpec, layer: int, load: Loader) -> LatentAttention:
         latent_norm=load.vector(f"{prefix}.kv_a_layernorm.weight", m.rank),
         absorb=load.ops.per_head([key.T for key in keys]),
         values=load.ops.per_head(values.unbind(0)),
-        out=load.linear([f"{prefix}.o_proj"], [spec.hidden], a.heads * m.value_dim, a.out_bias),
-        heads=a.heads,
+        out=load.summed(
+            f"{prefix}.o_proj", spec.hidden, a.heads * m.value_dim, a.out_bias,
+            [times(part, m.value_dim) for part in load.share.summed(a.heads)],
+        ),
+        heads=len(heads),
         latent=m,
         group=group,
         slot=spec.groups[group].layers.index(layer),
         scale=a.head_dim**-0.5 if a.scale is None else a.scale,
-    )
+    )  # fmt: skip
 
 
 def _halves(size: int, interleaved: bool) -> Tensor:

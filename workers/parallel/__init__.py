@@ -1,0 +1,1 @@
+"""One model over several ranks: who has which part, and how parts are added up again."""

@@ -1,0 +1,56 @@
+"""Experts of one layer over the ranks: whole ones spread, or a slice of each at every rank.
+
+T rows, H hidden, E experts, k slots per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from workers.kernels.ops import Experts, Ops
+from workers.parallel.group import Group, tree_sum
+from workers.parallel.share import Share
+
+
+class SlicedExperts:
+    """Every rank has some columns of each expert, in parts; their weighted sums are added as a linear's are."""
+
+    def __init__(self, parts: Sequence[Experts], group: Group) -> None:
+        self._parts, self._group = list(parts), group
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """x [T, H], ids int32 [T, k], weights float32 [T, k] -> [T, H]"""
+        sums = [part(x, ids, weights) for part in self._parts]
+        return self._group.sum(sums[0] if len(sums) == 1 else tree_sum(sums), x.dtype)
+
+
+class SpreadExperts:
+    """Each expert lies whole at one rank, which computes the rows that chose it; every rank gets all rows' outputs and
+    adds them in the order of the gate's slots, so that the result has the bits of one process."""
+
+    def __init__(self, mine: Experts, experts: int, share: Share, group: Group, ops: Ops) -> None:
+        """`mine`: this rank's, `share.some(experts)`."""
+        self._mine, self._group, self._ops = mine, group, ops
+        spread = [share.of_rank(experts, rank) for rank in range(share.size)]
+        self._rank_of = torch.tensor([rank for rank, some in enumerate(spread) for _ in some])
+        self._first = spread[share.rank].start
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """x [T, H], ids int32 [T, k], weights float32 [T, k] -> [T, H]"""
+        t, k = ids.shape
+        slots = ids.reshape(-1).long()
+        ranks = self._rank_of.to(slots.device)[slots]
+        order = torch.argsort(ranks, stable=True)
+        counts = torch.bincount(ranks, minlength=self._group.size).tolist()
+        begin = sum(counts[: self._group.rank])
+        here = order[begin : begin + counts[self._group.rank]]
+        rows = x[here // k]
+        if len(here):
+            chosen = (slots[here] - self._first).to(torch.int32)[:, None]
+            rows = self._mine(rows, chosen, torch.ones(len(here), 1, device=x.device))
+        outputs = x.new_empty(t * k, x.shape[1])
+        outputs[order] = torch.cat(self._group.gather(rows, counts=counts))
+        return self._ops.combine(outputs.view(t, k, -1), weights)
