@@ -10,6 +10,8 @@ from typing import Protocol
 
 import msgspec
 
+from workers.experts.placement import ExpertsPlan
+
 
 class FinishReason(IntEnum):
     """Why a sequence ended. STOP_SEQUENCE and TIMEOUT are found by whoever knows text and deadlines."""
@@ -218,6 +220,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     tokens up in the sequence itself) or draft (asks the model in `draft_model_dir`); `draft_tokens` at most per step.
     `tensor_parallel` ranks hold the model together, see `workers.parallel.share`: `expert_parallel` keeps each expert
     whole at one of them, `tensor_parallel_invariant` gives the same bits at every degree that has it.
+    `experts`: where a mixture's experts are served; None: here.
     """
 
     model_dir: str
@@ -237,6 +240,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     tensor_parallel: int = 1
     expert_parallel: bool = False
     tensor_parallel_invariant: bool = False
+    experts: ExpertsPlan | None = None
 
 
 class Engine(Protocol):

@@ -236,7 +236,9 @@ def load_draft(config: EngineConfig, target: RunnerInfo, chunk_tokens: int) -> D
     device = torch.device(config.device)
     room = int(available_memory(device) * CACHE_SHARE[device.type])
     cache_bytes = min(block_bytes(spec, ops) * min(target.blocks), room)
-    own = msgspec.structs.replace(config, model_dir=config.draft_model_dir, max_context=None, cache_bytes=cache_bytes)
+    own = msgspec.structs.replace(
+        config, model_dir=config.draft_model_dir, max_context=None, cache_bytes=cache_bytes, experts=None
+    )
     runner = Runner.from_checkpoint(own)
     cache = CacheManager(runner.info.blocks, runner.info.windows, BLOCK, config.prefix_cache)
     return DraftModel(runner, runner.info, cache, runner.ops, chunk_tokens)

@@ -18,6 +18,7 @@ from workers.engine.contract import EngineConfig
 from workers.engine.logits import Logits, collect
 from workers.engine.plan import Chunk, StepPlan
 from workers.engine.watch import Watch, WatchedOps
+from workers.experts.dispatch import Dispatcher
 from workers.kernels.choose import make_ops
 from workers.kernels.ops import BLOCK, Batch, KvCache, Ops
 from workers.model.config import read_spec
@@ -26,6 +27,7 @@ from workers.model.load import Loader
 from workers.model.quantized import open_weights
 from workers.model.spec import ModelSpec
 from workers.parallel.errors import GroupBroken
+from workers.parallel.experts import shared_rows
 from workers.parallel.group import ALONE, Group
 from workers.parallel.share import ALONE as WHOLE
 from workers.parallel.share import Share, check_degree
@@ -78,6 +80,7 @@ class Runner:
         """`blocks` is the number of blocks of every cache group; tables hold ids in [0, blocks)."""
         spec, ops = decoder.spec, decoder.ops
         self.blocks = blocks
+        self.experts: Dispatcher | None = None  # whoever sends rows to experts that are elsewhere
         self._decoder: Decoder | None = decoder
         self._device = decoder.device
         self._group, self._share = decoder.group, decoder.share
@@ -120,7 +123,9 @@ class Runner:
         )
         device = torch.device(config.device)
         checkpoint = open_weights(model_dir, spec.quantization, ops.dtype)
-        total = sum(checkpoint.nbytes(name) for name in checkpoint.entries)
+        elsewhere = None if config.experts is None else Dispatcher(config.experts, spec, ops)
+        here = [name for name in checkpoint.entries if elsewhere is None or ".experts." not in name]
+        total = sum(checkpoint.nbytes(name) for name in here)
         memory = max(0, available_memory(device) - total)
         if device.type == "cpu":  # of which ranks on one machine see the whole
             memory //= group.size
@@ -134,11 +139,20 @@ class Runner:
                 progress(min(done * group.size, total), total)
 
         load = Loader(checkpoint, ops, device, read, share, group)
-        decoder = load_decoder(spec, load, ops, max_context, device)
+        if elsewhere is not None:
+            load.experts_factory = shared_rows(elsewhere.experts, share, group)
+        try:
+            decoder = load_decoder(spec, load, ops, max_context, device)
+        except BaseException:
+            if elsewhere is not None:
+                elsewhere.close()
+            raise
         if progress is not None:
             progress(total, total)
         checkpoint.log_unused()
-        return cls(decoder, blocks, checkpoint.fingerprint(spec), max_context)
+        runner = cls(decoder, blocks, checkpoint.fingerprint(spec), max_context)
+        runner.experts = elsewhere
+        return runner
 
     @property
     def ops(self) -> Ops:
@@ -248,6 +262,8 @@ class Runner:
         self._group.close()
         self._decoder = None
         self._caches = []
+        if self.experts is not None:
+            self.experts.close()
 
     def _open(self) -> Decoder:
         if self._decoder is None:

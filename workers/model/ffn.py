@@ -74,10 +74,12 @@ class MoeLayer:
 
     def mix(self, ops: Ops, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """[T, H] -> [T, H]"""
-        y = self.experts(x, ids, weights)
         if self.shared is None:
-            return y
+            return self.experts(x, ids, weights)
+        start = getattr(self.experts, "start", None)  # experts elsewhere compute while the shared one does here
+        finish = None if start is None else start(x, ids)
         shared = self.shared(ops, x)
+        y = self.experts(x, ids, weights) if finish is None else finish(weights)
         if self.shared_gate is not None:
             _, share = ops.route(self.shared_gate(x), _SIGMOID)
             shared = (shared.float() * share).to(x.dtype)
@@ -123,7 +125,7 @@ def _block(ffn: MoeFfn, prefix: str, load: Loader) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """One expert as `Ops.experts` takes it: gate and up [F, H], down [H, F]; views of the checkpoint where possible."""
+    """One expert as `Ops.experts` takes it: gate and up [F, H], down [H, F]; views of the checkpoint if possible."""
 
     gate: Tensor
     up: Tensor

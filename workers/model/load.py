@@ -42,6 +42,10 @@ class Loader:
         self._source, self._device, self._progress = source, device, progress
 
     @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
     def wide(self) -> Loader:
         """The same tensors for operations in float32."""
         return Loader(self._source, self.ops.wide, self._device, self._progress, self.share, self.group)

@@ -5,7 +5,8 @@ T rows, H hidden, E experts, k slots per row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,3 +55,28 @@ class SpreadExperts:
         outputs = x.new_empty(t * k, x.shape[1])
         outputs[order] = torch.cat(self._group.gather(rows, counts=counts))
         return self._ops.combine(outputs.view(t, k, -1), weights)
+
+
+class SharedRows:
+    """Experts that every rank can ask, each for its share of the rows."""
+
+    def __init__(self, experts: Experts, share: Share, group: Group) -> None:
+        self._experts, self._share, self._group = experts, share, group
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """x [T, H], ids int32 [T, k], weights float32 [T, k] -> [T, H]"""
+        rows = [self._share.of_rank(len(x), rank) for rank in range(self._group.size)]
+        some = slice(rows[self._group.rank].start, rows[self._group.rank].stop)
+        mine = self._experts(x[some], ids[some], weights[some]) if some.start < some.stop else x[:0]
+        return torch.cat(self._group.gather(mine, counts=[len(r) for r in rows]))
+
+
+def shared_rows(make: Callable[..., Experts], share: Share, group: Group) -> Callable[..., Experts]:
+    """A factory of experts that are elsewhere, as one that divides their rows over the ranks."""
+    if group.size == 1:
+        return make
+
+    def made(*arguments: Any) -> Experts:
+        return SharedRows(make(*arguments), share, group)
+
+    return made

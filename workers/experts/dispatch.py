@@ -1,0 +1,259 @@
+"""Sends the rows of a step to the hosts of their experts and adds what comes back, with the bits of experts at home.
+
+One `Dispatcher` per engine; `RemoteExperts` is what a layer sees of it. For each layer there is one exchange with each
+host: everything is sent, then everything received. A host that breaks off, or says nothing for `silence_s`, is lost
+until it can be reached again: its rows go to other homes of their experts in the same step, and experts without another
+home are loaded by hosts that have room. A placement that is handed in takes effect between two steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from understudy.errors import ConfigError, Unavailable
+from workers.experts.channel import ChannelError
+from workers.experts.links import Link, Links
+from workers.experts.placement import DispatchReport, ExpertsPlan, HostsView, Placement
+from workers.experts.split import NOBODY, Split
+from workers.kernels.ops import Experts, Ops
+from workers.model.load import Loader
+from workers.model.spec import ModelSpec, MoeFfn
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Part:
+    """What one host computes of a layer: `slots` are places in [T k]."""
+
+    link: Link
+    slots: NDArray[np.int64]
+    sequence: int
+
+
+@dataclass(slots=True)
+class _Table:
+    """Where rows go while a set of hosts is there: the placement, changed only for experts whose homes are all lost."""
+
+    splits: list[Split]
+    present: frozenset[str]
+    moved: dict[str, list[tuple[int, int]]] = field(default_factory=dict)  # by host: what it has to load
+    homeless: int = 0
+
+
+class Dispatcher:
+    """Used by the engine's thread; `offer` and `report` by any. `close` it at the end."""
+
+    def __init__(
+        self, plan: ExpertsPlan, spec: ModelSpec, ops: Ops, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._plan, self._ops, self._clock = plan, ops, clock
+        self._hidden = spec.hidden
+        self._slot = {layer: i for i, layer in enumerate(plan.view.placement.layers)}
+        check_placement(plan.view.placement, spec)
+        self._links = Links(plan, ops.numerics_id, spec.hidden)
+        self._view = plan.view
+        self._table: _Table | None = None
+        self._sequence = self._exchanges = self._moved = 0
+
+    # What others say ----------------------------------------------------------------------------------------------
+
+    def offer(self, view: HostsView) -> None:
+        """A newer placement or other hosts: connects to those that are new, and takes effect with the next step."""
+        self._links.offer(view)
+
+    def report(self) -> DispatchReport:
+        """What has been seen."""
+        view = self._view
+        return DispatchReport(view.placement.version, view.number, self._links.lost(), self._exchanges, self._moved)
+
+    def close(self) -> None:
+        """Ends every connection. Idempotent."""
+        self._links.close()
+
+    # What a layer asks --------------------------------------------------------------------------------------------
+
+    def experts(self, ffn: MoeFfn, _hidden: int, prefix: str, _load: Loader) -> Experts:
+        """The experts of a layer, as `workers.model.load.Loader.experts_factory`."""
+        layer = int(prefix.rpartition(".")[2])
+        return RemoteExperts(self, layer, ffn.experts)
+
+    def begin(self, layer: int, x: Tensor, ids: Tensor) -> _Exchange:
+        """Sends a layer's rows."""
+        if self._slot[layer] == 0:
+            self._adopt()
+        return _Exchange(self, layer, x, ids)
+
+    def _adopt(self) -> None:
+        """What was handed in, and hosts that are back: between two steps, or while a step waits for either."""
+        if (view := self._links.adopt()) is not None:
+            self._view, self._table = view, None
+
+    def _current(self) -> _Table:
+        present = self._links.present()
+        if self._table is None or self._table.present != present:
+            self._table = self._arrange(present)
+        return self._table
+
+    def _arrange(self, present: frozenset[str]) -> _Table:
+        """The homes that are left of each expert; those that have none go where there is most room."""
+        placement = self._view.placement
+        room = {h.name: h.capacity - len(placement.held_by(h.name)) for h in self._view.hosts if h.name in present}
+        index = {name: i for i, name in enumerate(placement.hosts)}
+        moved: dict[str, list[tuple[int, int]]] = {}
+        homeless, splits = 0, []
+        for layer, row in zip(placement.layers, placement.table, strict=True):
+            homes = []
+            for expert, of in enumerate(row):
+                left = tuple(home for home in of if placement.hosts[home[0]] in present)
+                if not left:
+                    # Ties by name: the same hosts and losses give the same homes.
+                    best = max((n for n in room if n in index and room[n] > 0), key=lambda n: (room[n], n), default="")
+                    if best:
+                        room[best] -= 1
+                        moved.setdefault(best, []).append((layer, expert))
+                        left = ((index[best], 1.0),)
+                    else:
+                        homeless += 1
+                homes.append(left)
+            splits.append(Split(homes))
+        for host, places in moved.items():
+            log.warning("%d experts whose hosts are lost are loaded by %s", len(places), host)
+            self._moved += len(places)
+            self._links.ask_to_load(host, places)
+        return _Table(splits, present, moved, homeless)
+
+    def _next_sequence(self) -> int:
+        self._sequence += 1
+        return self._sequence
+
+
+class _Exchange:
+    """One layer's rows on their way. `finish` gives the slots' outputs."""
+
+    def __init__(self, dispatcher: Dispatcher, layer: int, x: Tensor, ids: Tensor) -> None:
+        self._d, self._layer = dispatcher, layer
+        self._k = ids.shape[1]
+        self._experts = ids.reshape(-1).cpu().numpy()
+        self._x = x.contiguous().cpu()
+        self._device = x.device
+        self._deadline: float | None = None
+        self._refusal = ""
+        self._out = torch.empty(len(self._experts), x.shape[1], dtype=x.dtype)
+        self._parts = self._send(np.arange(len(self._experts)))
+
+    def finish(self, weights: Tensor) -> Tensor:
+        """[T, k] -> [T, H]. Raises Unavailable where experts are nowhere to be had in time."""
+        while len(left := self._receive()):
+            self._parts = self._send(left)
+        t, h = self._x.shape
+        return self._d._ops.combine(self._out.view(t, self._k, h).to(self._device), weights)
+
+    def _send(self, slots: NDArray[np.int64]) -> list[_Part]:
+        """Sends these slots, waiting for a host where nobody has their experts."""
+        d, parts = self._d, []
+        while len(slots):
+            hosts = d._current().splits[d._slot[self._layer]](self._experts[slots])
+            failed = []
+            order = np.argsort(hosts, kind="stable")
+            bounds = np.flatnonzero(np.diff(hosts[order])) + 1
+            for some in np.split(order, bounds):
+                host, mine = int(hosts[some[0]]), slots[some]
+                part = None if host == NOBODY else self._send_to(d._view.placement.hosts[host], mine)
+                if part is None:
+                    failed.append(mine)
+                else:
+                    parts.append(part)
+            slots = np.concatenate(failed) if failed else slots[:0]
+            if len(slots) and any(host == NOBODY for host in hosts):
+                self._wait()
+        return parts
+
+    def _send_to(self, name: str, slots: NDArray[np.int64]) -> _Part | None:
+        """None where that host is lost."""
+        d = self._d
+        link = d._links.get(name)
+        if link is None:
+            return None
+        rows, at = np.unique(slots // self._k, return_inverse=True)
+        part = _Part(link, slots, d._next_sequence())
+        numbers = np.concatenate([at.astype(np.int32), self._experts[slots]])
+        whole = len(rows) == len(self._x)
+        x = self._x if whole else self._x.index_select(0, torch.from_numpy(rows))
+        data = memoryview(x.view(torch.uint8).reshape(-1).numpy())
+        try:
+            link.ask(self._layer, part.sequence, len(rows), len(slots), memoryview(numbers.tobytes()), data)
+        except ChannelError as error:
+            d._links.lose(link, str(error))
+            return None
+        d._exchanges += 1
+        return part
+
+    def _receive(self) -> NDArray[np.int64]:
+        """Takes all results; the slots that have to be sent again."""
+        d, failed = self._d, []
+        for part in self._parts:
+            try:
+                refusal = part.link.take(part.sequence, part.slots, self._out, d._plan.wait_s)
+            except ChannelError as error:
+                d._links.lose(part.link, str(error))
+                failed.append(part.slots)
+                continue
+            if refusal:
+                self._refusal = refusal
+        self._parts = []
+        if self._refusal:
+            raise Unavailable(f"an expert host cannot compute layer {self._layer}: {self._refusal}")
+        return np.concatenate(failed) if failed else np.empty(0, np.int64)
+
+    def _wait(self) -> None:
+        """Until something about the hosts changes. Raises Unavailable after `wait_s`."""
+        d = self._d
+        now = d._clock()
+        if self._deadline is None:
+            self._deadline = now + d._plan.wait_s
+            log.warning("layer %d waits: experts have no host; lost are %s", self._layer, ", ".join(d._links.lost()))
+        if now >= self._deadline:
+            raise Unavailable(
+                f"experts of layer {self._layer} have had no host for {d._plan.wait_s:g} s; lost are "
+                f"{', '.join(d._links.lost()) or 'none, but nobody has room'}"
+            )
+        d._links.wait(min(0.05, self._deadline - now))
+        d._adopt()
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteExperts:
+    """One layer's experts. See `workers.kernels.ops.Experts`."""
+
+    dispatcher: Dispatcher
+    layer: int
+    count: int
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return self.start(x, ids)(weights)
+
+    def start(self, x: Tensor, ids: Tensor) -> Callable[[Tensor], Tensor]:
+        """Sends the rows; what is returned waits for their results and adds them: [T, k] -> [T, H]. What is computed
+        between the two costs no time of its own."""
+        if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < self.count):
+            raise IndexError(f"an expert's id is outside of 0 .. {self.count - 1}")
+        return self.dispatcher.begin(self.layer, x, ids).finish
+
+
+def check_placement(placement: Placement, spec: ModelSpec) -> None:
+    """Raises ConfigError where a placement is not one of this model's experts."""
+    sizes = {i: ffn.experts for i, ffn in enumerate(spec.ffn) if isinstance(ffn, MoeFfn)}
+    placed = {layer: len(row) for layer, row in zip(placement.layers, placement.table, strict=True)}
+    if not sizes:
+        raise ConfigError("expert_hosts: this model has no experts; leave it out")
+    if placed != sizes:
+        raise ConfigError(f"expert_hosts: the placement has experts {placed} by layer, the model {sizes}")
