@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -45,8 +45,7 @@ class _Table:
 
     splits: list[Split]
     present: frozenset[str]
-    moved: dict[str, list[tuple[int, int]]] = field(default_factory=dict)  # by host: what it has to load
-    homeless: int = 0
+    moved: dict[tuple[int, int], str]  # (layer, expert) -> who has loaded it instead
 
 
 class Dispatcher:
@@ -105,31 +104,30 @@ class Dispatcher:
 
     def _arrange(self, present: frozenset[str]) -> _Table:
         """The homes that are left of each expert; those that have none go where there is most room."""
-        placement = self._view.placement
+        placement, before = self._view.placement, self._table.moved if self._table is not None else {}
         room = {h.name: h.capacity - len(placement.held_by(h.name)) for h in self._view.hosts if h.name in present}
-        index = {name: i for i, name in enumerate(placement.hosts)}
-        moved: dict[str, list[tuple[int, int]]] = {}
-        homeless, splits = 0, []
+        index = {name: i for i, name in enumerate(placement.hosts) if name in room}
+        moved: dict[tuple[int, int], str] = {}
+        splits = []
         for layer, row in zip(placement.layers, placement.table, strict=True):
             homes = []
             for expert, of in enumerate(row):
                 left = tuple(home for home in of if placement.hosts[home[0]] in present)
-                if not left:
-                    # Ties by name: the same hosts and losses give the same homes.
-                    best = max((n for n in room if n in index and room[n] > 0), key=lambda n: (room[n], n), default="")
-                    if best:
-                        room[best] -= 1
-                        moved.setdefault(best, []).append((layer, expert))
-                        left = ((index[best], 1.0),)
-                    else:
-                        homeless += 1
+                # Ties by name: the same hosts and losses give the same homes. What was moved before stays.
+                host = before.get((layer, expert), "")
+                if not left and (host := host if host in index else _roomiest(room, index)):
+                    room[host] -= 1
+                    moved[layer, expert] = host
+                    left = ((index[host], 1.0),)
                 homes.append(left)
             splits.append(Split(homes))
-        for host, places in moved.items():
-            log.warning("%d experts whose hosts are lost are loaded by %s", len(places), host)
-            self._moved += len(places)
-            self._links.ask_to_load(host, places)
-        return _Table(splits, present, moved, homeless)
+        for host in dict.fromkeys(moved.values()):
+            places = [place for place, at in moved.items() if at == host and before.get(place) != host]
+            if places:
+                log.warning("%d experts whose hosts are lost are loaded by %s", len(places), host)
+                self._moved += len(places)
+                self._links.ask_to_load(host, places)
+        return _Table(splits, present, moved)
 
     def _next_sequence(self) -> int:
         self._sequence += 1
@@ -228,6 +226,11 @@ class _Exchange:
             )
         d._links.wait(min(0.05, self._deadline - now))
         d._adopt()
+
+
+def _roomiest(room: dict[str, int], index: dict[str, int]) -> str:
+    """The host of the placement with most room; "" where none has any."""
+    return max((name for name in index if room[name] > 0), key=lambda name: (room[name], name), default="")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,335 @@
+"""Hosts that die, stall, come and go under an engine; what a host holds; who is let in."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from expert_stage import SECRET, hosts_of, open_host, plan_of, runner_over, spread
+
+from understudy.errors import ConfigError, Unavailable
+from workers.engine.contract import EngineConfig
+from workers.engine.plan import Chunk, StepPlan
+from workers.engine.runner import Runner
+from workers.experts.channel import ChannelError, Header, Kind, connect
+from workers.experts.dispatch import Dispatcher
+from workers.experts.host import ExpertHost
+from workers.experts.placement import ExpertsPlan, HostReport, HostsView
+from workers.experts.process import HostPlan
+from workers.kernels.choose import make_ops
+from workers.model.config import read_spec
+
+TOKENS = list(range(1, 40))
+
+
+def step(runner: Runner, tokens: list[int] = TOKENS) -> torch.Tensor:
+    from array import array
+
+    blocks = array("i", range(-(-len(tokens) // 16)))
+    return runner.run(StepPlan(0, [Chunk("s", 0, tokens, (blocks,), len(tokens))]))
+
+
+@pytest.fixture(scope="module")
+def want(mixture: Path) -> torch.Tensor:
+    """The logits with all experts at home."""
+    return step(Runner.from_checkpoint(EngineConfig(model_dir=str(mixture), kernels="plain", threads=1)))
+
+
+def until(predicate: Callable[[], object], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not predicate():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.01)
+
+
+def test_a_host_that_dies_costs_no_bit(mixture: Path, want: torch.Tensor) -> None:
+    """Hot experts go on at their other host, the others are loaded by who has room, in the same step."""
+    with hosts_of(mixture, 3, kernels="plain") as hosts:
+        placement = spread(mixture, [h.address.name for h in hosts])
+        for host in hosts:
+            host.hold(placement.held_by(host.address.name))
+        runner = runner_over(mixture, plan_of(placement, hosts), kernels="plain")
+        assert runner.experts is not None
+        assert torch.equal(step(runner), want)
+        hosts[1].stop()
+        assert torch.equal(step(runner), want)
+        report = runner.experts.report()
+        assert report.lost == ("h1",)
+        assert report.moved == len(placement.held_by("h1")) == 8
+        hosts[0].stop()
+        assert torch.equal(step(runner), want)
+        until(lambda: hosts[2].report().held == 24)
+        runner.close()
+
+
+def test_copies_are_used_before_anything_is_loaded(mixture: Path, want: torch.Tensor) -> None:
+    with hosts_of(mixture, 3, kernels="plain") as hosts:
+        placement = spread(mixture, [h.address.name for h in hosts], copies=2)
+        runner = runner_over(mixture, plan_of(placement, hosts), kernels="plain")
+        assert torch.equal(step(runner), want)
+        hosts[2].stop()
+        assert torch.equal(step(runner), want)
+        assert runner.experts is not None
+        assert runner.experts.report().moved == 0
+        runner.close()
+
+
+def test_a_step_waits_for_a_host_and_then_fails_in_words(mixture: Path, want: torch.Tensor) -> None:
+    with hosts_of(mixture, 2, kernels="plain") as hosts:
+        placement = spread(mixture, ["h0", "h1"])
+        small = [msgspec.structs.replace(h.address, capacity=12) for h in hosts]  # no room for the other's
+        plan = ExpertsPlan(HostsView(1, placement, tuple(small)), SECRET, wait_s=0.05)
+        runner = runner_over(mixture, plan, kernels="plain")
+        assert torch.equal(step(runner), want)
+        hosts[0].stop()
+        with pytest.raises(Unavailable, match=r"experts of layer 0 have had no host for 0\.05 s; lost are h0"):
+            step(runner)
+        again = open_host(mixture, "h0", kernels="plain", life=2)
+        assert runner.experts is not None
+        runner.experts.offer(HostsView(2, placement, (again.address, small[1])))
+        assert torch.equal(step(runner), want)
+        assert runner.experts.report().lost == ()
+        runner.close()
+        again.stop()
+
+
+def test_a_host_that_comes_while_a_step_waits_ends_the_waiting(mixture: Path, want: torch.Tensor) -> None:
+    with hosts_of(mixture, 1, kernels="plain") as hosts:
+        placement = spread(mixture, ["h0"])
+        runner = runner_over(mixture, plan_of(placement, hosts), kernels="plain")
+        hosts[0].stop()
+        got: list[torch.Tensor] = []
+        waiting = threading.Thread(target=lambda: got.append(step(runner)))
+        waiting.start()
+        assert runner.experts is not None
+        until(lambda: runner.experts is not None and runner.experts.report().lost == ("h0",))
+        again = open_host(mixture, "h0", kernels="plain", life=2)
+        runner.experts.offer(HostsView(2, placement, (again.address,)))
+        waiting.join(20)
+        assert torch.equal(got[0], want)
+        runner.close()
+        again.stop()
+
+
+def test_a_new_placement_takes_effect_between_steps_and_hosts_come_and_go(mixture: Path, want: torch.Tensor) -> None:
+    with hosts_of(mixture, 3, kernels="plain") as hosts:
+        two, three = spread(mixture, ["h0", "h1"]), spread(mixture, ["h2", "h1", "h0"], version=2, shift=1)
+        runner = runner_over(mixture, plan_of(two, hosts[:2]), kernels="plain")
+        dispatcher = runner.experts
+        assert dispatcher is not None
+        assert torch.equal(step(runner), want)
+        dispatcher.offer(HostsView(2, three, tuple(h.address for h in hosts)))
+        assert dispatcher.report().version == 1, "not before the next step"
+        assert torch.equal(step(runner), want)
+        assert dispatcher.report().version == 2
+        assert sum(map(sum, hosts[2].report().rows)) > 0
+        dispatcher.offer(HostsView(1, two, ()))  # late
+        assert torch.equal(step(runner), want)
+        assert dispatcher.report().version == 2
+        runner.close()
+
+
+class Process:
+    """A host in a process of its own, without Ray."""
+
+    def __init__(self, plan: HostPlan) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "workers.experts.process", "127.0.0.1"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        report, _, said = self._ask(plan, tuple[HostReport | None, str, str])
+        assert report is not None, said
+        self.address = report.address
+
+    def _ask(self, order: object, kind: object) -> object:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(msgspec.json.encode(order) + b"\n")
+        self.process.stdin.flush()
+        return msgspec.json.decode(self.process.stdout.readline(), type=kind)  # type: ignore[call-overload]
+
+    def report(self) -> HostReport:
+        return self._ask(["report"], HostReport)  # type: ignore[return-value]
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait(10)
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def processes(mixture: Path) -> Iterator[list[Process]]:
+    both = [
+        Process(HostPlan(str(mixture), f"h{i}", 1, SECRET, kernels="plain", threads=1, capacity=24)) for i in range(2)
+    ]
+    yield both
+    for each in both:
+        each.end()
+
+
+def test_a_stopped_host_is_lost_and_used_again_when_it_wakes(
+    mixture: Path, want: torch.Tensor, processes: list[Process]
+) -> None:
+    placement = spread(mixture, ["h0", "h1"])
+    view = HostsView(1, placement, tuple(p.address for p in processes))
+    runner = runner_over(mixture, ExpertsPlan(view, SECRET, silence_s=0.3), kernels="plain")
+    assert torch.equal(step(runner), want)
+    assert runner.experts is not None
+    os.kill(processes[1].process.pid, signal.SIGSTOP)
+    assert torch.equal(step(runner), want)
+    assert runner.experts.report().lost == ("h1",)
+    os.kill(processes[1].process.pid, signal.SIGCONT)
+    until(lambda: runner.experts is not None and not runner.experts.report().lost)
+    before = processes[1].report().rows
+    assert torch.equal(step(runner), want)
+    assert processes[1].report().rows != before, "it is used again"
+    runner.close()
+
+
+def test_a_killed_process_is_lost(mixture: Path, want: torch.Tensor, processes: list[Process]) -> None:
+    placement = spread(mixture, ["h0", "h1"])
+    view = HostsView(1, placement, tuple(p.address for p in processes))
+    runner = runner_over(mixture, ExpertsPlan(view, SECRET), kernels="plain")
+    assert torch.equal(step(runner), want)
+    processes[0].process.kill()
+    assert torch.equal(step(runner), want)
+    runner.close()
+
+
+# One host ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def host(mixture: Path) -> Iterator[ExpertHost]:
+    made = open_host(mixture, "h0", kernels="plain")
+    yield made
+    made.stop()
+
+
+def test_it_holds_what_it_was_given_and_gives_it_back(host: ExpertHost) -> None:
+    host.hold([(0, 1), (2, 7), (0, 1)])
+    until(lambda: host.report().held == 2)
+    host.release([(0, 1), (1, 1)])
+    assert host.report().held == 1
+    assert host.report().expert_bytes == 3 * 32 * 16 * 4
+
+
+def test_what_it_cannot_load_is_reported(host: ExpertHost) -> None:
+    host.hold([(0, 8), (0, 0)])
+    until(lambda: host.report().failure)
+    assert host.report().failure == "layer 0 has 8 experts, not one numbered 8"
+    until(lambda: host.report().held == 1)
+
+
+def test_it_reads_its_own_experts_and_no_others(
+    mixture: Path, host: ExpertHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from workers.model.weights import Checkpoint
+
+    read: list[str] = []
+    plain = Checkpoint.get
+
+    def get(self: Checkpoint, name: str, *rest: object) -> torch.Tensor:
+        read.append(name)
+        return plain(self, name, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Checkpoint, "get", get)
+    host.hold([(1, 3)])
+    until(lambda: host.report().held == 1)
+    assert read == [f"model.layers.1.mlp.experts.3.{part}_proj.weight" for part in ("gate", "up", "down")]
+
+
+def test_the_engine_reads_no_expert(mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from workers.model.weights import Checkpoint
+
+    read: list[str] = []
+    plain = Checkpoint.get
+
+    def get(self: Checkpoint, name: str, *rest: object) -> torch.Tensor:
+        read.append(name)
+        return plain(self, name, *rest)  # type: ignore[arg-type]
+
+    with hosts_of(mixture, 1, kernels="plain") as hosts:
+        monkeypatch.setattr(Checkpoint, "get", get)
+        runner = runner_over(mixture, plan_of(spread(mixture, ["h0"]), hosts), kernels="plain")
+        assert any("mlp.gate" in name for name in read)
+        assert not [name for name in read if ".experts." in name]
+        runner.close()
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+def test_only_who_knows_the_secret_is_let_in(host: ExpertHost, tcp: bool) -> None:
+    address = host.address
+    local = "" if tcp else address.local
+    with pytest.raises(ChannelError):
+        connect(local, address.tcp, SECRET + "x", 5.0)
+    channel, hello = connect(local, address.tcp, SECRET, 5.0)
+    assert (hello.name, hello.life, hello.hidden) == ("h0", 1, 32)
+    channel.close()
+
+
+def test_noise_closes_a_connection_and_harms_nobody_else(host: ExpertHost) -> None:
+    ip, port = host.address.tcp.rsplit(":", 1)
+    for noise in (b"", b"x", b"GET / HTTP/1.1\r\n\r\n" * 10):
+        with socket.create_connection((ip, int(port)), 5) as sock:
+            sock.sendall(noise)
+    channel, _ = connect("", host.address.tcp, SECRET, 5.0)
+    wrong, _ = connect("", host.address.tcp, SECRET, 5.0)
+    wrong.send(Header(Kind.COMPUTE, 0, 1, 1, 1, 12), memoryview(b"x" * 12))  # too short for a row
+    with pytest.raises(ChannelError):
+        wrong.receive()
+    x, numbers = np.ones((1, 32), np.float32), np.array([0, 0], np.int32)
+    channel.send(Header(Kind.COMPUTE, 0, 7, 1, 1, 136), memoryview(numbers.tobytes()), memoryview(x.tobytes()))
+    header = channel.receive()
+    assert (header.kind, header.sequence, header.size) == (Kind.RESULT, 7, 128)
+    wrong.close()
+    channel.close()
+
+
+@pytest.mark.parametrize(
+    ("layer", "numbers", "words"),
+    [(0, [0, 8], "outside of 0 .. 7"), (0, [1, 0], "outside of 0 .. 0"), (9, [0, 0], "layer 9 has no experts")],
+)
+def test_what_it_cannot_compute_is_refused_in_words(
+    host: ExpertHost, layer: int, numbers: list[int], words: str
+) -> None:
+    channel, _ = connect(host.address.local, host.address.tcp, SECRET, 5.0)
+    asked, x = np.array(numbers, np.int32), np.ones((1, 32), np.float32)
+    channel.send(Header(Kind.COMPUTE, layer, 1, 1, 1, 136), memoryview(asked.tobytes()), memoryview(x.tobytes()))
+    header = channel.receive()
+    assert header.kind is Kind.REFUSED
+    assert words in channel.read(header.size).decode()
+    channel.close()
+
+
+def test_a_host_with_other_kernels_is_not_used(mixture: Path, host: ExpertHost) -> None:
+    """Its bits could differ."""
+    spec = read_spec(mixture)
+    plan = plan_of(spread(mixture, ["h0"]), [host], wait_s=0.0)
+    dispatcher = Dispatcher(plan, spec, make_ops("bfloat16", "cpu", "plain", 1))
+    assert dispatcher.report().lost == ("h0",)
+    dispatcher.close()
+
+
+def test_a_placement_of_another_model_is_refused(mixture: Path, host: ExpertHost) -> None:
+    placement = spread(mixture, ["h0"])
+    short = msgspec.structs.replace(placement, layers=placement.layers[:2], table=placement.table[:2])
+    said = re.escape("expert_hosts: the placement has experts {0: 8, 1: 8} by layer, the model {0: 8, 1: 8, 2: 8}")
+    with pytest.raises(ConfigError, match=said):
+        Dispatcher(plan_of(short, [host]), read_spec(mixture), make_ops("float32", "cpu", "plain", 1))
