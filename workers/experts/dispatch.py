@@ -9,6 +9,7 @@ home are loaded by hosts that have room. A placement that is handed in takes eff
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ from workers.model.load import Loader
 from workers.model.spec import ModelSpec, MoeFfn
 
 log = logging.getLogger(__name__)
+
+_STEP_S = 1.0  # between two layers of a step, at most in most
+_ABANDONED_S = 60.0  # for an exchange that nobody finished
 
 
 @dataclass(slots=True)
@@ -61,16 +65,21 @@ class Dispatcher:
         self._links = Links(plan, ops.numerics_id, spec.hidden)
         self._view = plan.view
         self._table: _Table | None = None
+        self._turn = threading.Lock()  # to begin, to end or to adopt
+        self._under_way: _Exchange | None = None
+        self._in_step, self._touched = False, clock()
         self._sequence = self._exchanges = self._moved = 0
 
     # What others say ----------------------------------------------------------------------------------------------
 
     def offer(self, view: HostsView) -> None:
-        """A newer placement or other hosts: connects to those that are new, and takes effect with the next step."""
+        """A newer placement or other hosts: connects to those that are new, and takes effect before the next step."""
         self._links.offer(view)
+        self._adopt_if_idle()
 
     def report(self) -> DispatchReport:
         """What has been seen."""
+        self._adopt_if_idle()
         view = self._view
         return DispatchReport(view.placement.version, view.number, self._links.lost(), self._exchanges, self._moved)
 
@@ -87,9 +96,28 @@ class Dispatcher:
 
     def begin(self, layer: int, x: Tensor, ids: Tensor) -> _Exchange:
         """Sends a layer's rows."""
-        if self._slot[layer] == 0:
-            self._adopt()
-        return _Exchange(self, layer, x, ids)
+        slot = self._slot[layer]
+        with self._turn:
+            if slot == 0:
+                self._adopt()
+            exchange = self._under_way = _Exchange(self, layer, x, ids)
+            self._in_step, self._touched = slot < len(self._slot) - 1, self._clock()
+        exchange.send()
+        return exchange
+
+    def _end(self, exchange: _Exchange) -> None:
+        with self._turn:
+            if self._under_way is exchange:
+                self._under_way = None
+            self._touched = self._clock()
+
+    def _adopt_if_idle(self) -> None:
+        """For an engine that has no steps to do it between. A step that failed, or that wanted no row of the last layer,
+        leaves no other trace than its silence."""
+        with self._turn:
+            silent = self._clock() - self._touched
+            if silent > _ABANDONED_S or (self._under_way is None and (not self._in_step or silent > _STEP_S)):
+                self._adopt()
 
     def _adopt(self) -> None:
         """What was handed in, and hosts that are back: between two steps, or while a step waits for either."""
@@ -146,12 +174,19 @@ class _Exchange:
         self._deadline: float | None = None
         self._refusal = ""
         self._out = torch.empty(len(self._experts), x.shape[1], dtype=x.dtype)
+        self._parts: list[_Part] = []
+
+    def send(self) -> None:
+        """To the hosts."""
         self._parts = self._send(np.arange(len(self._experts)))
 
     def finish(self, weights: Tensor) -> Tensor:
         """[T, k] -> [T, H]. Raises Unavailable where experts are nowhere to be had in time."""
-        while len(left := self._receive()):
-            self._parts = self._send(left)
+        try:
+            while len(left := self._receive()):
+                self._parts = self._send(left)
+        finally:
+            self._d._end(self)
         t, h = self._x.shape
         return self._d._ops.combine(self._out.view(t, self._k, h).to(self._device), weights)
 
@@ -225,7 +260,8 @@ class _Exchange:
                 f"{', '.join(d._links.lost()) or 'none, but nobody has room'}"
             )
         d._links.wait(min(0.05, self._deadline - now))
-        d._adopt()
+        with d._turn:
+            d._adopt()
 
 
 def _roomiest(room: dict[str, int], index: dict[str, int]) -> str:

@@ -24,7 +24,7 @@ from workers.engine.contract import EngineConfig
 from workers.engine.plan import Chunk, StepPlan
 from workers.engine.runner import Runner
 from workers.experts.channel import ChannelError, Header, Kind, connect
-from workers.experts.dispatch import Dispatcher
+from workers.experts.dispatch import Dispatcher, RemoteExperts
 from workers.experts.host import ExpertHost
 from workers.experts.placement import ExpertsPlan, HostReport, HostsView
 from workers.experts.process import HostPlan
@@ -130,10 +130,17 @@ def test_a_new_placement_takes_effect_between_steps_and_hosts_come_and_go(mixtur
         dispatcher = runner.experts
         assert dispatcher is not None
         assert torch.equal(step(runner), want)
+        x, ids, weights = torch.ones(1, 32), torch.tensor([[3, 4]], dtype=torch.int32), torch.ones(1, 2)
+        finish = RemoteExperts(dispatcher, 0, 8).start(x, ids)
         dispatcher.offer(HostsView(2, three, tuple(h.address for h in hosts)))
-        assert dispatcher.report().version == 1, "not before the next step"
-        assert torch.equal(step(runner), want)
+        assert dispatcher.report().version == 1, "an exchange is under way"
+        finish(weights)
+        assert dispatcher.report().version == 1, "a step is under way"
+        RemoteExperts(dispatcher, 1, 8)(x, ids, weights)
+        assert dispatcher.report().version == 1
+        RemoteExperts(dispatcher, 2, 8)(x, ids, weights)
         assert dispatcher.report().version == 2
+        assert torch.equal(step(runner), want)
         assert sum(map(sum, hosts[2].report().rows)) > 0
         dispatcher.offer(HostsView(1, two, ()))  # late
         assert torch.equal(step(runner), want)
