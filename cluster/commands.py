@@ -39,6 +39,9 @@ def serve(
         Path | None, _option("A smaller checkpoint of the same vocabulary, to draft with.", _MODELS, metavar="DIR")
     ] = None,
     draft_tokens: Annotated[int | None, _option("Tokens of a draft at most (4).", _MODELS)] = None,
+    expert_hosts: Annotated[
+        int | None, _option("Hosts per replica that serve a mixture's experts (0: the replica itself).", _MODELS)
+    ] = None,
     replicas: Annotated[str | None, _option("Replicas of each model (1).", _MODELS, metavar="N")] = None,
     host: Annotated[str | None, _option("Where the gateway listens (127.0.0.1).", _SERVICE)] = None,
     port: Annotated[int | None, _option("Its port; 0 takes a free one (50051).", _SERVICE)] = None,

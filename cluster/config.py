@@ -91,6 +91,7 @@ class _Sizes(BaseModel):
     speculate: Literal["auto", "none", "ngram", "draft"] = "auto"
     draft_model: FilePath | None = None
     draft_tokens: Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS)] = 4
+    expert_hosts: Annotated[int, Field(ge=0, le=4096)] = 0
     replicas: Replicas = 1
 
 
@@ -270,6 +271,7 @@ def _models(
             raise _readable(error, labels) from error
         _check_directory(model)
         _check_draft(model, labels)
+        _check_experts(model, labels)
         models.append(model)
     return tuple(models)
 
@@ -306,6 +308,15 @@ def _check_draft(model: ModelConfig, labels: Mapping[str, str]) -> None:
         raise ConfigError(
             f"{draft} = '{model.draft_model}': has no config.json; give a directory that holds a checkpoint"
         )
+
+
+def _check_experts(model: ModelConfig, labels: Mapping[str, str]) -> None:
+    """Whether the model has experts for so many hosts. Raises ConfigError, or CheckpointError of its config.json."""
+    if model.expert_hosts:
+        from workers.experts.limits import check_hosts
+        from workers.model.config import read_spec
+
+        check_hosts(read_spec(model.path), model.expert_hosts, labels.get("expert_hosts", "--expert-hosts"))
 
 
 def is_loopback(host: str) -> bool:

@@ -13,8 +13,10 @@ from typing import Any
 import msgspec
 
 from cluster.roster import Claim, Member, ProcessInfo, Roster
-from router.actor import ACTOR_NAME, RayRouter, RouterActor
+from router.actor import ACTOR_NAME, RayRouter, Refusal, RouterActor
 from router.admission import Limits
+from router.rebalance import ExpertsOrder, ExpertsReport, ExpertsView, Rebalancers
+from understudy.errors import FROM_KIND, InternalError, UnderstudyError
 from workers.actors import LeaderReport
 
 _encode = msgspec.msgpack.encode
@@ -23,6 +25,10 @@ _member = msgspec.msgpack.Decoder(Member)
 _members = msgspec.msgpack.Decoder(list[Member])
 _claim = msgspec.msgpack.Decoder(Claim)
 _report = msgspec.msgpack.Decoder(LeaderReport)
+_experts_report = msgspec.msgpack.Decoder(ExpertsReport)
+_order = msgspec.msgpack.Decoder(ExpertsOrder)
+_expert_views = msgspec.msgpack.Decoder(list[ExpertsView])
+_refusal = msgspec.msgpack.Decoder(Refusal)
 
 
 class DirectoryActor(RouterActor):
@@ -31,6 +37,7 @@ class DirectoryActor(RouterActor):
     def __init__(self, heartbeat_timeout: float = 2.0, limits: dict[str, int] | None = None) -> None:
         super().__init__(heartbeat_timeout, limits)
         first = int(time.time()) if _restarted() else 1
+        self._experts = Rebalancers(time.monotonic)
         self._roster = Roster(time.monotonic, timeout_s=max(5.0, 2.5 * heartbeat_timeout), first_epoch=first)
 
     async def claim(self, model: str, holder: str, processes: bytes) -> bytes:
@@ -53,6 +60,21 @@ class DirectoryActor(RouterActor):
 
     async def members(self) -> bytes:
         return _encode(self._roster.members())
+
+    async def experts(self, report: bytes) -> bytes:
+        """What a replica's hosts have computed; the placement that it should have."""
+        return _encode(self._experts.hear(_experts_report.decode(report)))
+
+    async def expert_views(self) -> bytes:
+        return _encode(self._experts.views())
+
+    async def scale_experts(self, model: str, hosts: int) -> bytes:
+        """How many hosts each replica of the model should have; a refusal, or nothing."""
+        try:
+            self._experts.scale(model, hosts)
+        except UnderstudyError as error:
+            return _encode(Refusal(error.kind, error.message))
+        return b""
 
     def _tell_router(self, place: Claim, stage: str, report: LeaderReport | None, node: str) -> None:
         router = self._router
@@ -85,6 +107,21 @@ class Directory(RayRouter):
     async def members(self) -> list[Member]:
         """See `Roster.members`."""
         return _members.decode(await self._ask(self.handle.members.remote()))
+
+    async def experts(self, report: ExpertsReport) -> ExpertsOrder:
+        """See `Rebalancers.hear`."""
+        return _order.decode(await self._ask(self.handle.experts.remote(_encode(report))))
+
+    async def expert_views(self) -> list[ExpertsView]:
+        """See `Rebalancers.views`."""
+        return _expert_views.decode(await self._ask(self.handle.expert_views.remote()))
+
+    async def scale_experts(self, model: str, hosts: int) -> None:
+        """See `Rebalancers.scale`."""
+        refusal = await self._ask(self.handle.scale_experts.remote(model, hosts))
+        if refusal:
+            said = _refusal.decode(refusal)
+            raise FROM_KIND.get(said.kind, InternalError)(said.message)
 
     def members_now(self, timeout_s: float = 5.0) -> list[Member]:
         """`members` for a thread without an event loop."""

@@ -37,6 +37,8 @@ class ReplicaPlan:
     fake: bool
     logs: str | None = None
     namespace: str = NAMESPACE
+    expert_hosts: int = 0
+    host_threads: int | None = None  # of each of them
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,9 @@ def _replica_plan(
         loopback=local,
         fake=config.engine == "fake",
         logs=logs,
+        expert_hosts=0 if config.engine == "fake" else model.expert_hosts,
+        # On one machine hosts share the CPUs of their replica: they compute while it waits.
+        host_threads=max(1, threads // max(1, model.expert_hosts)) if local and threads is not None else model.threads,
     )
 
 

@@ -8,7 +8,10 @@ import re
 from functools import partial
 from typing import Any
 
+import msgspec
+
 from cluster.directory import find
+from cluster.expert_actors import call_actor, open_hosts
 from cluster.logs import configure
 from cluster.plan import LEASE_S, SUPERVISOR_CPUS, ReplicaPlan, node_address, serve_logging
 from cluster.roster import Claim
@@ -17,6 +20,7 @@ from cluster.wire import LeaderServer
 from workers.actors import LeaderReport, Progress, build_real_engine, leader_actor
 from workers.engine import Engine, EngineConfig
 from workers.engine.loop import EngineLoop
+from workers.experts.placement import HostsView
 
 log = logging.getLogger(__name__)
 
@@ -65,18 +69,16 @@ class RayLeader:
     async def stop(self) -> None:
         await self._call(self._handle.stop)
 
+    async def place_experts(self, view: HostsView) -> None:
+        await self._call(self._handle.place_experts, msgspec.msgpack.encode(view))
+
     def kill(self) -> None:
         import ray
 
         ray.kill(self._handle, no_restart=True)
 
     async def _call(self, method: Any, *args: object) -> Any:
-        import ray.exceptions
-
-        try:
-            return await method.remote(*args)
-        except ray.exceptions.RayActorError as error:
-            raise ConnectionError(" ".join(str(error).split())[:300]) from error
+        return await call_actor(method, *args)
 
 
 class Replica:
@@ -87,6 +89,7 @@ class Replica:
 
         configure()
         self._plan = plan
+        self._experts = open_hosts(plan, find(plan.namespace)) if plan.expert_hosts else None
         self._supervisor = Supervisor(
             model=plan.model,
             holder=serve.get_replica_context().replica_id.unique_id,
@@ -94,6 +97,7 @@ class Replica:
             start_leader=self._start_leader,
             router=find(plan.namespace),
             silence_s=max(10.0, 5 * plan.heartbeat_timeout),
+            companion=self._experts,
         )
         try:
             await self._supervisor.start()
@@ -107,9 +111,13 @@ class Replica:
         actor = leader_actor(num_cpus=plan.leader_cpus, num_gpus=plan.leader_gpus)
         build = build_fake_engine if plan.fake else build_real_engine
         host = "127.0.0.1" if plan.loopback else ""
-        return RayLeader(
-            actor.remote(plan.engine, build, partial(make_wire, claim=claim, secret=plan.secret, host=host))
-        )
+        engine = plan.engine
+        if self._experts is not None:
+            engine = msgspec.structs.replace(engine, experts=self._experts.plan)
+        leader = RayLeader(actor.remote(engine, build, partial(make_wire, claim=claim, secret=plan.secret, host=host)))
+        if self._experts is not None:
+            self._experts.attach(leader, self._supervisor.experts)
+        return leader
 
     async def check_health(self) -> None:
         """Asked by Serve every second."""

@@ -15,7 +15,8 @@ Role = Literal["replica", "gateway"]
 
 
 class ProcessInfo(msgspec.Struct, frozen=True):
-    """A process: `role` is gateway, router, replica (the Serve supervisor) or shard (rank 0 is the leader)."""
+    """A process: `role` is gateway, router, replica (the Serve supervisor), shard (rank 0 is the leader) or
+    expert_host."""
 
     role: str
     pid: int

@@ -16,9 +16,10 @@ from typing import Protocol
 import msgspec
 
 from cluster.roster import Claim, Member, ProcessInfo
-from understudy.errors import FROM_KIND, CheckpointError, ConfigError, InternalError, Unavailable
+from understudy.errors import FROM_KIND, CheckpointError, ConfigError, InternalError, Unavailable, UnderstudyError
 from workers.actors import LeaderReport
 from workers.engine import EngineStats
+from workers.experts.placement import DispatchReport
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,19 @@ class LeaderPort(Protocol):
 
     def kill(self) -> None:
         """Ends the process now. Idempotent."""
+
+
+class Companion(Protocol):
+    """What has to stand before a leader can, and lives as long."""
+
+    async def prepare(self, claim: Claim) -> None:
+        """Returns when the leader may start. Raises an UnderstudyError where it never can."""
+
+    def processes(self) -> tuple[ProcessInfo, ...]:
+        """Of all that belongs to it."""
+
+    async def stop(self) -> None:
+        """Ends it. Idempotent."""
 
 
 class RouterLink(Protocol):
@@ -69,7 +83,9 @@ class Supervisor:
         router: RouterLink,
         beat_s: float = 0.5,
         silence_s: float = 10.0,
+        companion: Companion | None = None,
     ) -> None:
+        self._companion = companion
         self._model = model
         self._holder = holder
         self._node = node
@@ -89,6 +105,8 @@ class Supervisor:
         Raises the leader's error, or Unavailable when it is gone.
         """
         self.claim = await self._claim_place()
+        if self._companion is not None and not await self._prepare(self._companion, self.claim):
+            return
         leader = self._leader = self._start_leader(self.claim)
         starting = asyncio.ensure_future(leader.start())
         try:
@@ -105,6 +123,24 @@ class Supervisor:
         await self._announce()
         if self.report.stage == "failed" and self.report.error_kind not in PERMANENT:
             raise FROM_KIND.get(self.report.error_kind, InternalError)(self.report.error)
+
+    async def _prepare(self, companion: Companion, claim: Claim) -> bool:
+        """Beats meanwhile. False where it cannot be had for a reason that another try would not mend."""
+        preparing = asyncio.ensure_future(companion.prepare(claim))
+        try:
+            while not preparing.done():
+                await asyncio.wait([preparing], timeout=self._beat_s)
+                await self._announce()
+            preparing.result()
+        except UnderstudyError as error:
+            self.report = LeaderReport("failed", 0.0, 0, error_kind=error.kind, error=error.message)
+            await self._announce()
+            if error.kind in PERMANENT:
+                return False
+            raise
+        finally:
+            preparing.cancel()
+        return True
 
     async def run(self) -> None:
         """Beats until cancelled, or until the leader is lost."""
@@ -130,6 +166,8 @@ class Supervisor:
         leader, self._leader = self._leader, None
         if leader is not None:
             leader.kill()
+        if self._companion is not None:
+            await self._companion.stop()
         said = msgspec.structs.replace(self._member(), stage="failed", claim=None, processes=())
         with suppress(ConnectionError):
             await self._router.leave(self._holder, self.claim)
@@ -143,6 +181,8 @@ class Supervisor:
         finally:
             if leader is not None:
                 leader.kill()
+            if self._companion is not None:
+                await self._companion.stop()
             with suppress(ConnectionError):
                 await self._router.leave(self._holder, self.claim)
 
@@ -212,8 +252,10 @@ class Supervisor:
     def _member(self) -> Member:
         report, replica = self.report, self.claim.replica if self.claim is not None else ""
         processes = [ProcessInfo("replica", os.getpid(), self._node, replica)]
-        if report is not None and not self._lost:
+        if report is not None and report.pid and not self._lost:
             processes.append(ProcessInfo("shard", report.pid, self._node, replica))
+        if self._companion is not None:
+            processes += self._companion.processes()
         failed = bool(self._lost)
         return Member(
             self._holder,
@@ -226,6 +268,10 @@ class Supervisor:
             error_kind=report.error_kind if report is not None else "",
             error=self._lost or (report.error if report is not None else ""),
         )
+
+    def experts(self) -> DispatchReport | None:
+        """What the leader's dispatcher last said, where its experts are elsewhere."""
+        return self.report.experts if self.report is not None else None
 
     @property
     def stats(self) -> EngineStats:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from router.experts import balance, make_placement
-from understudy.errors import ConfigError
+from router.experts import balance, check_capacity, make_placement
+from understudy.errors import ConfigError, ModelNotFound
 from workers.experts.placement import Placement
 
 
@@ -94,12 +94,12 @@ class Rebalancer:
         self._changed = now
         self._samples: deque[tuple[float, tuple[tuple[int, ...], ...]]] = deque()
         self._target: Placement | None = None
-        self._report: ExpertsReport | None = None
+        self.report: ExpertsReport | None = None
         self._problem = ""
 
     def hear(self, report: ExpertsReport, now: float) -> Placement | None:
         """The placement that should be in force; None while there is no host."""
-        self._report, self.heard = report, now
+        self.report, self.heard = report, now
         in_force = report.in_force
         if in_force is not None and (self._target is None or self._target.version < in_force.version):
             self._target = in_force
@@ -113,7 +113,7 @@ class Rebalancer:
 
     def view(self, now: float, wanted: int | None) -> ExpertsView | None:
         """For operators."""
-        report, target = self._report, self._target
+        report, target = self.report, self._target
         if report is None:
             return None
         placed = report.in_force or target
@@ -144,10 +144,10 @@ class Rebalancer:
         return balance(target, self._measured()) < self._rules.bound
 
     def _place(self, capacity: dict[str, int], now: float) -> None:
-        assert self._report is not None
+        assert self.report is not None
         before, loads = self._target, self._measured()
         try:
-            made = make_placement(before, self._report.layers, loads, capacity)
+            made = make_placement(before, self.report.layers, loads, capacity)
         except ConfigError as error:
             self._problem = error.message
             return
@@ -193,7 +193,21 @@ class Rebalancers:
         return known.order(wanted)
 
     def scale(self, model: str, hosts: int) -> None:
-        """How many hosts each replica of a model should have from now on."""
+        """How many hosts each replica of a model should have from now on.
+
+        Raises ConfigError where so few have no room for the experts or so many would have none, ModelNotFound where no
+        replica of that name has hosts.
+        """
+        reports = [r.report for r in self._replicas.values() if r.report is not None and r.report.model == model]
+        if not reports:
+            raise ModelNotFound(f"no replica of {model!r} has expert hosts; start it with --expert-hosts N")
+        most = min(max(report.experts) for report in reports)
+        if not 1 <= hosts <= most:
+            raise ConfigError(f"{hosts} expert hosts for {most} experts in a layer; 1 to {most} can be had")
+        for report in reports:
+            staying = [h.capacity for h in report.hosts if h.state != "leaving" and h.capacity][:hosts]
+            if len(staying) == hosts:
+                check_capacity({f"h{i}": each for i, each in enumerate(staying)}, report.experts)
         self._wanted[model] = hosts
 
     def views(self) -> list[ExpertsView]:

@@ -18,6 +18,7 @@ import msgspec
 from understudy.errors import UnderstudyError
 from workers.engine import Engine, EngineConfig, EngineInfo, EngineStats, Request, StepOutput
 from workers.engine.loop import EngineLoop
+from workers.experts.placement import DispatchReport, HostsView
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class LeaderReport(msgspec.Struct, frozen=True):
     gateways: int = 0
     error_kind: str = ""
     error: str = ""
+    experts: DispatchReport | None = None  # where its experts are elsewhere
 
 
 def build_real_engine(config: EngineConfig, progress: Progress) -> Engine:
@@ -89,12 +91,14 @@ class Leader:
         self._address = ""
         self._loop: EngineLoop | None = None
         self._wire: WireServer | None = None
+        self._experts: Any = None  # a workers.experts.dispatch.Dispatcher
 
     async def start(self) -> LeaderReport:
         """Builds, warms up and listens. A failure is reported, not raised: it has to travel as words."""
         try:
             self._stage = "loading"
             engine = await asyncio.to_thread(self._build, self._config, self._progress)
+            self._experts = getattr(engine, "experts", None)
             self._loop = EngineLoop(engine, on_error=self._fail)
             self._stage, self._done = "warming", 0.0
             await warm_up(self._loop)
@@ -127,7 +131,13 @@ class Leader:
             step_age_s=loop.last_step_age(),
             wedged=loop.wedged,
             gateways=len(self._wire.gateways) if self._wire is not None else 0,
+            experts=self._experts.report() if self._experts is not None else None,
         )
+
+    async def place_experts(self, view: bytes) -> None:
+        """A newer `HostsView`, as msgpack: it takes effect between two steps. Nothing where experts are at home."""
+        if self._experts is not None:
+            await asyncio.to_thread(self._experts.offer, msgspec.msgpack.decode(view, type=HostsView))
 
     async def drain(self, seconds: float) -> bool:
         """Takes nothing new and waits up to `seconds` until all streams have ended; True when they have."""

@@ -28,6 +28,7 @@ from workers.engine.sampler import Choice, Row, Sampler, SamplingOps
 from workers.engine.scheduler import Scheduler
 from workers.engine.sequence import Sequence, finish_of
 from workers.engine.ways import Ways, asks, masks_of
+from workers.experts.dispatch import Dispatcher
 from workers.parallel.errors import GroupBroken
 
 log = logging.getLogger(__name__)
@@ -95,6 +96,11 @@ class EngineCore:
     @property
     def info(self) -> EngineInfo:
         return self._info
+
+    @property
+    def experts(self) -> Dispatcher | None:
+        """Who sends rows to experts that are elsewhere."""
+        return getattr(self._runner, "experts", None)
 
     def step(self) -> list[SequenceOutput]:
         if self._opening:

@@ -50,6 +50,7 @@ class _Table:
     splits: list[Split]
     present: frozenset[str]
     moved: dict[tuple[int, int], str]  # (layer, expert) -> who has loaded it instead
+    homeless: int  # experts that nobody has
 
 
 class Dispatcher:
@@ -81,7 +82,10 @@ class Dispatcher:
         """What has been seen."""
         self._adopt_if_idle()
         view = self._view
-        return DispatchReport(view.placement.version, view.number, self._links.lost(), self._exchanges, self._moved)
+        homeless = self._table.homeless if self._table is not None else 0
+        return DispatchReport(
+            view.placement.version, view.number, self._links.lost(), self._exchanges, self._moved, homeless
+        )
 
     def close(self) -> None:
         """Ends every connection. Idempotent."""
@@ -112,8 +116,8 @@ class Dispatcher:
             self._touched = self._clock()
 
     def _adopt_if_idle(self) -> None:
-        """For an engine that has no steps to do it between. A step that failed, or that wanted no row of the last layer,
-        leaves no other trace than its silence."""
+        """For an engine that has no steps to do it between. A step that failed, or that wanted no row of the last
+        layer, leaves no other trace than its silence."""
         with self._turn:
             silent = self._clock() - self._touched
             if silent > _ABANDONED_S or (self._under_way is None and (not self._in_step or silent > _STEP_S)):
@@ -136,7 +140,7 @@ class Dispatcher:
         room = {h.name: h.capacity - len(placement.held_by(h.name)) for h in self._view.hosts if h.name in present}
         index = {name: i for i, name in enumerate(placement.hosts) if name in room}
         moved: dict[tuple[int, int], str] = {}
-        splits = []
+        splits, homeless = [], 0
         for layer, row in zip(placement.layers, placement.table, strict=True):
             homes = []
             for expert, of in enumerate(row):
@@ -148,6 +152,7 @@ class Dispatcher:
                     moved[layer, expert] = host
                     left = ((index[host], 1.0),)
                 homes.append(left)
+                homeless += not left
             splits.append(Split(homes))
         for host in dict.fromkeys(moved.values()):
             places = [place for place, at in moved.items() if at == host and before.get(place) != host]
@@ -155,7 +160,7 @@ class Dispatcher:
                 log.warning("%d experts whose hosts are lost are loaded by %s", len(places), host)
                 self._moved += len(places)
                 self._links.ask_to_load(host, places)
-        return _Table(splits, present, moved)
+        return _Table(splits, present, moved, homeless)
 
     def _next_sequence(self) -> int:
         self._sequence += 1

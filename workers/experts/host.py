@@ -37,7 +37,7 @@ _places = msgspec.msgpack.Decoder(list[tuple[int, int]])
 
 
 class ExpertHost:
-    """`start`, then `hold` and `release` as the placement wants it, at last `stop`.
+    """`start`, then `hold` and `keep` as the placement wants it, at last `stop`.
 
     `life` counts the lives of the host's `name`. `ip` is where it listens for other nodes.
     """
@@ -80,6 +80,13 @@ class ExpertHost:
         with self._lock:
             self._wanted.difference_update(gone)
         self._shelf.drop(gone)
+
+    def keep(self, places: Iterable[Place]) -> None:
+        """Gives all others back."""
+        kept = set(places)
+        with self._lock:
+            wanted = set(self._wanted)
+        self.release((wanted | self._shelf.held) - kept)
 
     def report(self) -> HostReport:
         """What is known right now; quick."""

@@ -89,10 +89,12 @@ class HostReport(msgspec.Struct, frozen=True):
 
 class DispatchReport(msgspec.Struct, frozen=True):
     """What a dispatcher has seen. `version` is that of the placement in force; `lost` are names of hosts that it
-    cannot reach; `moved` counts experts that were loaded elsewhere because their host was lost."""
+    cannot reach; `moved` counts experts that were loaded elsewhere because their host was lost; `homeless` are those
+    that nobody has and nobody has room for."""
 
     version: int
     view: int
     lost: tuple[str, ...]
     exchanges: int
     moved: int
+    homeless: int = 0

@@ -74,10 +74,10 @@ class HostProcess:
         if self._host is not None:
             self._host.hold(places)
 
-    def release(self, places: list[tuple[int, int]]) -> None:
-        """See `ExpertHost.release`."""
+    def keep(self, places: list[tuple[int, int]]) -> None:
+        """See `ExpertHost.keep`."""
         if self._host is not None:
-            self._host.release(places)
+            self._host.keep(places)
 
     def stop(self) -> None:
         """See `ExpertHost.stop`."""
@@ -121,8 +121,8 @@ def main(ip: str) -> None:
         order, *places = msgspec.json.decode(line)
         if order == "hold":
             host.hold([(layer, expert) for layer, expert in places[0]])
-        elif order == "release":
-            host.release([(layer, expert) for layer, expert in places[0]])
+        elif order == "keep":
+            host.keep([(layer, expert) for layer, expert in places[0]])
         say(host.report())
     host.stop()
 

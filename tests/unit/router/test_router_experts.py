@@ -101,7 +101,7 @@ def test_hosts_that_come_take_their_part_and_of_those_that_go_the_others() -> No
     five = make_placement(four, [3], loads, rooms(5, 24))
     assert moves(four, five) <= 8
     assert balance(five, loads) >= 0.9
-    gone = make_placement(five, [3], loads, {name: 24 for name in ("h0", "h1", "h3", "h4")})
+    gone = make_placement(five, [3], loads, dict.fromkeys(("h0", "h1", "h3", "h4"), 24))
     stayed = {name: set(five.held_by(name)) for name in gone.hosts}
     assert all(stayed[name] <= set(gone.held_by(name)) for name in gone.hosts), "nothing else moves"
     assert host_loads(gone.table[0], loads[0], 4) == pytest.approx([6.0] * 4)

@@ -1,0 +1,93 @@
+"""Expert hosts as Ray actors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cluster.directory import Directory
+from cluster.expert_hosts import ExpertHosts
+from cluster.plan import ReplicaPlan, node_address
+from understudy.errors import FROM_KIND, InternalError
+from workers.experts.actor import expert_host_actor
+from workers.experts.limits import expert_layers
+from workers.experts.placement import HostReport
+from workers.experts.process import HostPlan
+from workers.model.config import read_spec
+
+
+async def call_actor(method: Any, *args: object) -> Any:
+    """An actor's answer. Raises ConnectionError where the actor is gone."""
+    import ray.exceptions
+
+    try:
+        return await method.remote(*args)
+    except ray.exceptions.RayActorError as error:
+        raise ConnectionError(" ".join(str(error).split())[:300]) from error
+
+
+class RayHost:
+    """An expert host's actor as `ExpertHosts` sees it."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def start(self) -> HostReport:
+        report, kind, said = await call_actor(self._handle.start)
+        if report is None:
+            raise FROM_KIND.get(kind, InternalError)(said)
+        found: HostReport = report
+        return found
+
+    async def report(self) -> HostReport:
+        report: HostReport | None = await call_actor(self._handle.report)
+        if report is None:
+            raise ConnectionError("it was never started")
+        return report
+
+    async def hold(self, places: list[tuple[int, int]]) -> None:
+        await call_actor(self._handle.hold, msgspec.msgpack.encode(places))
+
+    async def keep(self, places: list[tuple[int, int]]) -> None:
+        await call_actor(self._handle.keep, msgspec.msgpack.encode(places))
+
+    def kill(self) -> None:
+        import ray
+
+        ray.kill(self._handle, no_restart=True)
+
+
+def open_hosts(plan: ReplicaPlan, router: Directory) -> ExpertHosts:
+    """The hosts of one replica, not yet started."""
+    engine = plan.engine
+    layers, experts = expert_layers(read_spec(Path(engine.model_dir)))
+    # On one machine Ray's count of CPUs decides nothing: threads do. In a cluster it keeps hosts apart.
+    cpus = 0.01 if plan.loopback else float(plan.host_threads or 1)
+
+    def start(name: str, life: int) -> RayHost:
+        host = HostPlan(
+            model_dir=engine.model_dir,
+            name=name,
+            life=life,
+            secret=plan.secret,
+            dtype=engine.dtype,
+            device=engine.device,
+            kernels=engine.kernels,
+            threads=plan.host_threads,
+            neighbours=plan.expert_hosts * plan.replicas if plan.loopback else 1,
+        )
+        return RayHost(expert_host_actor(num_cpus=cpus, num_gpus=plan.leader_gpus).remote(host, plan.loopback))
+
+    return ExpertHosts(
+        model=plan.model,
+        layers=layers,
+        experts=experts,
+        count=plan.expert_hosts,
+        secret=plan.secret,
+        start_host=start,
+        router=router,
+        node=node_address(plan.loopback),
+        dispatch_silence_s=plan.heartbeat_timeout,
+    )
