@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from cluster.directory import Directory
 from cluster.roster import Claim, Member
-from router.admin import replica_message
+from router.admin import experts_message, replica_message
 from router.state import ReplicaView, State
 from understudy import __version__
+from understudy.errors import ModelNotFound
 from understudy.v1 import admin_pb2 as pb
 
 _STARTING = ("starting", "loading", "warming", "ready")
@@ -31,9 +32,25 @@ class ClusterStatus:
         views = await self._directory.replicas()
         members = await self._directory.members()
         response = describe(views, members, self._wanted)
+        response.experts.extend(experts_message(v) for v in await self._directory.expert_views())
         response.uptime_s = max(0.0, self._clock() - self._started)
         response.processes.add(role="router", pid=await self._directory.pid(), node=_router_node(members))
         return response
+
+    async def scale_experts(self, model: str, hosts: int) -> str:
+        """See `router.admin.StatusSource`."""
+        name = only_model(model, self._wanted)
+        await self._directory.scale_experts(name, hosts)
+        return name
+
+
+def only_model(model: str, wanted: Mapping[str, int]) -> str:
+    """The model that is meant. Raises ModelNotFound."""
+    if model in wanted:
+        return model
+    if not model and len(wanted) == 1:
+        return next(iter(wanted))
+    raise ModelNotFound(f"{model!r} is not one of {', '.join(wanted)}" if model else f"name one of {', '.join(wanted)}")
 
 
 def describe(

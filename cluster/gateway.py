@@ -126,6 +126,8 @@ class GatewayApp:
             await self._serve_admin()
         else:
             self._replica_metrics.views = views
+            with contextlib.suppress(ConnectionError):
+                self._replica_metrics.experts = await self._directory.expert_views()
 
     def _learn(self, views: list[ReplicaView]) -> None:
         known = {m.name: m.info for m in self._gateway.models.all()}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from router.rebalance import ExpertsView
 from router.state import ReplicaView, State
 
 _Value = Callable[[ReplicaView], float]
@@ -31,13 +32,23 @@ _COUNTERS: tuple[tuple[str, str, _Value], ...] = (
     ("accepted_tokens", "Tokens of drafts that the model agreed with.", lambda v: v.stats.accepted_tokens),
 )
 _LABELS = ("model", "replica")
+_Of = Callable[[ExpertsView], float]
+_EXPERTS: tuple[tuple[str, str, _Of], ...] = (
+    ("rebalance_age_seconds", "Since the placement of experts last changed.", lambda v: v.age_s),
+    ("balance", "Mean over maximum of the expert hosts' rows.", lambda v: v.balance),
+    ("placement_version", "Of the placement in force.", lambda v: float(v.version)),
+    ("copies", "Experts that the hosts hold, copies of hot ones included.", lambda v: float(v.copies)),
+    ("hosts_ready", "Expert hosts that serve.", lambda v: float(sum(h.state == "ready" for h in v.hosts))),
+    ("hosts_wanted", "Expert hosts that there should be.", lambda v: float(v.wanted)),
+)
 
 
 class ReplicaMetrics(Collector):
-    """Set `views`; every scrape shows the latest."""
+    """Set `views` and `experts`; every scrape shows the latest."""
 
     def __init__(self) -> None:
         self.views: list[ReplicaView] = []
+        self.experts: list[ExpertsView] = []
 
     def collect(self) -> Iterator[Metric]:
         for name, said, value in _GAUGES:
@@ -50,3 +61,8 @@ class ReplicaMetrics(Collector):
             for view in self.views:
                 counter.add_metric((view.info.model, view.replica), value(view))
             yield counter
+        for name, said, of in _EXPERTS:
+            gauge = GaugeMetricFamily(f"understudy_expert_{name}", said, labels=_LABELS)
+            for each in self.experts:
+                gauge.add_metric((each.model, each.replica), of(each))
+            yield gauge

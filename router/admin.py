@@ -9,9 +9,10 @@ from grpc_reflection.v1alpha import reflection
 
 from router.interceptors import CallInterceptor, Tokens
 from router.metrics import Metrics
+from router.rebalance import ExpertsView
 from router.server import GatewayConfig, bind, probe_port, server_options
 from router.state import ReplicaView, State
-from understudy.errors import Unavailable
+from understudy.errors import ConfigError, InvalidRequest, Unavailable
 from understudy.v1 import admin_pb2 as pb
 from understudy.v1 import admin_pb2_grpc
 
@@ -29,6 +30,10 @@ class StatusSource(Protocol):
 
     async def status(self) -> pb.GetStatusResponse:
         """A snapshot. Raises ConnectionError or an UnderstudyError when it cannot be taken."""
+
+    async def scale_experts(self, model: str, hosts: int) -> str:
+        """How many expert hosts each replica of a model should have; the model's name, where `model` is empty. Raises
+        ConnectionError, ModelNotFound or ConfigError."""
 
 
 def replica_message(view: ReplicaView) -> pb.Replica:
@@ -59,6 +64,29 @@ def replica_message(view: ReplicaView) -> pb.Replica:
     )
 
 
+def experts_message(view: ExpertsView) -> pb.ExpertPlacement:
+    """A replica's experts, in the Admin API's words."""
+    return pb.ExpertPlacement(
+        model=view.model,
+        replica=view.replica,
+        version=view.version,
+        target_version=view.target,
+        balance=view.balance,
+        age_s=view.age_s,
+        experts=view.experts,
+        copies=view.copies,
+        hosts=[
+            pb.ExpertHost(
+                name=h.name, life=h.life, state=h.state, node=h.node, pid=h.pid, held=h.held, capacity=h.capacity,
+                rows=h.rows,
+            )
+            for h in view.hosts
+        ],
+        hosts_wanted=view.wanted,
+        problem=view.problem,
+    )  # fmt: skip
+
+
 class AdminService:
     """The methods of `understudy.v1.Admin`."""
 
@@ -71,6 +99,16 @@ class AdminService:
             return await self._source.status()
         except ConnectionError as error:
             raise Unavailable(f"{error}; try again shortly") from error
+
+    async def ScaleExperts(self, request: pb.ScaleExpertsRequest, _context: Any) -> pb.ScaleExpertsResponse:
+        """How many expert hosts each replica of a model has from now on."""
+        try:
+            model = await self._source.scale_experts(request.model, request.hosts)
+        except ConfigError as error:
+            raise InvalidRequest(error.message, field="hosts") from error
+        except ConnectionError as error:
+            raise Unavailable(f"{error}; try again shortly") from error
+        return pb.ScaleExpertsResponse(model=model, hosts=request.hosts)
 
 
 class AdminServer:

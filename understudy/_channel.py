@@ -74,6 +74,9 @@ TOKENIZE = Method(f"/{INFERENCE}/Tokenize", inference_pb2.TokenizeRequest, infer
 DETOKENIZE = Method(f"/{INFERENCE}/Detokenize", inference_pb2.DetokenizeRequest, inference_pb2.DetokenizeResponse)
 LIST_MODELS = Method(f"/{INFERENCE}/ListModels", inference_pb2.ListModelsRequest, inference_pb2.ListModelsResponse)
 GET_STATUS = Method("/understudy.v1.Admin/GetStatus", admin_pb2.GetStatusRequest, admin_pb2.GetStatusResponse)
+SCALE_EXPERTS = Method(
+    "/understudy.v1.Admin/ScaleExperts", admin_pb2.ScaleExpertsRequest, admin_pb2.ScaleExpertsResponse
+)
 # `HealthCheckRequest` is one string and `HealthCheckResponse` one enum, both field 1: on the wire they are these
 # wrappers, and a client needs no package for them.
 HEALTH = Method("/grpc.health.v1.Health/Check", StringValue, Int64Value)

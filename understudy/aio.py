@@ -87,6 +87,13 @@ class AsyncClient(Endpoint[grpc.aio.Channel]):
         """As `Client.status`."""
         return await self._call(_channel.GET_STATUS, admin_pb2.GetStatusRequest(), self._attempts(timeout))
 
+    async def scale_experts(
+        self, hosts: int, *, model: str = "", timeout: float | None = None
+    ) -> admin_pb2.ScaleExpertsResponse:
+        """As `Client.scale_experts`."""
+        request = admin_pb2.ScaleExpertsRequest(model=model, hosts=max(0, hosts))
+        return await self._call(_channel.SCALE_EXPERTS, request, self._attempts(timeout))
+
     async def close(self) -> None:
         """Closes the connections and cancels what still runs over them. Idempotent."""
         for channel in self._take_channels():

@@ -87,6 +87,14 @@ class Client(Endpoint[grpc.Channel]):
         """What operators see; ask the service's admin address for it."""
         return self._call(_channel.GET_STATUS, admin_pb2.GetStatusRequest(), self._attempts(timeout))
 
+    def scale_experts(
+        self, hosts: int, *, model: str = "", timeout: float | None = None
+    ) -> admin_pb2.ScaleExpertsResponse:
+        """How many expert hosts each replica of a model has from now on; ask the service's admin address. Returns at
+        once: `status` tells how far it is. Raises InvalidRequest, ModelNotFound."""
+        request = admin_pb2.ScaleExpertsRequest(model=model, hosts=max(0, hosts))
+        return self._call(_channel.SCALE_EXPERTS, request, self._attempts(timeout))
+
     def close(self) -> None:
         """Closes the connections and cancels what still runs over them. Idempotent."""
         for channel in self._take_channels():

@@ -25,7 +25,18 @@ import grpc
 from google.protobuf.wrappers_pb2 import Int64Value, StringValue
 
 from understudy import errors
-from understudy._channel import DETOKENIZE, GENERATE, GET_STATUS, HEALTH, LIST_MODELS, TOKENIZE, Method, Req, Res
+from understudy._channel import (
+    DETOKENIZE,
+    GENERATE,
+    GET_STATUS,
+    HEALTH,
+    LIST_MODELS,
+    SCALE_EXPERTS,
+    TOKENIZE,
+    Method,
+    Req,
+    Res,
+)
 from understudy._chat import CHAT
 from understudy._status import to_status
 from understudy.v1 import admin_pb2
@@ -140,8 +151,20 @@ class FakeServer:
         )
 
     def _admin(self) -> grpc.GenericRpcHandler:
-        handlers = {"GetStatus": _unary(GET_STATUS, lambda _: self.status)}
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "GetStatus": _unary(GET_STATUS, lambda _: self.status),
+            "ScaleExperts": _unary(SCALE_EXPERTS, self._scale_experts),
+        }
         return grpc.method_handlers_generic_handler(GET_STATUS.service, handlers)
+
+    def _scale_experts(self, request: admin_pb2.ScaleExpertsRequest) -> admin_pb2.ScaleExpertsResponse:
+        """Notes the number in the placements of `status` that are of the model."""
+        found = [e for e in self.status.experts if request.model in ("", e.model)]
+        if not found:
+            raise errors.ModelNotFound(f"no replica of {request.model!r} has expert hosts")
+        for placement in found:
+            placement.hosts_wanted = request.hosts
+        return admin_pb2.ScaleExpertsResponse(model=found[0].model, hosts=request.hosts)
 
     def _health(self) -> grpc.GenericRpcHandler:
         def check(request: StringValue) -> Int64Value:

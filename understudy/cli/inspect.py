@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from understudy.cli import common
 from understudy.cli.common import Address, Admin, Connection, Json, Timeout, TlsCa, TlsCert, TlsKey, Token, UseTls
+from understudy.cli.experts import show
 
 if TYPE_CHECKING:
     from understudy.v1 import admin_pb2
@@ -34,7 +34,7 @@ def models(
         (m.name, m.architecture, m.dtype, f"{m.max_context:,}", f"{m.vocab_size:,}", m.model_fingerprint[:12])
         for m in found
     ]
-    _table("", ("model", "architecture", "dtype", "context", "vocabulary", "fingerprint"), rows)
+    common.table("", ("model", "architecture", "dtype", "context", "vocabulary", "fingerprint"), rows)
 
 
 def status(
@@ -47,14 +47,14 @@ def status(
     tls_key: TlsKey = None,
     timeout: Timeout = 10.0,
 ) -> None:
-    """Show models, replicas, processes and caches of a running service."""
+    """Show models, replicas, processes, caches and expert hosts of a running service."""
     with Connection(admin, token, tls, tls_ca, tls_cert, tls_key, timeout).open() as client:
         found = client.status()
     if json:
         typer.echo(common.as_json(found))
         return
     typer.echo(f"understudy {found.version}, up for {found.uptime_s:,.0f} s")
-    _table(
+    common.table(
         "models",
         ("model", "ready", "wanted", "fingerprint", "numerics"),
         [
@@ -62,12 +62,14 @@ def status(
             for m in found.models
         ],
     )
-    _table(
+    common.table(
         "replicas",
         ("id", "model", "state", "node", "epoch", "running", "waiting", "tokens made", "cache", "hits", "drafts"),
         [_replica(replica) for replica in found.replicas],
     )
-    _table(
+    for placement in found.experts:
+        show(placement)
+    common.table(
         "processes",
         ("role", "pid", "node", "replica", "rank"),
         [(p.role, str(p.pid), p.node, p.replica, str(p.rank) if p.role == "shard" else "") for p in found.processes],
@@ -94,17 +96,3 @@ def _replica(replica: admin_pb2.Replica) -> tuple[str, ...]:
         hits,
         f"{replica.accepted_tokens / replica.drafted_tokens:.0%}" if replica.drafted_tokens else "-",
     )
-
-
-def _table(title: str, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    """Prints a table; names that come from a server are shown as they are, not read as markup."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table: Any = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    Console().print(table)

@@ -11,11 +11,12 @@ import typer
 from typer.core import TyperGroup
 
 from understudy import __version__
-from understudy.cli import bench, chat, complete, inspect
+from understudy.cli import bench, chat, complete, experts, inspect
 from understudy.cli.common import errors_as_one_line, fail
 
 GROUP = "understudy.commands"
 INSTALL = "pip install '.[serve]'"
+_OPERATORS = ("status", "experts")  # commands that ask the admin address
 
 
 class Commands(TyperGroup):
@@ -33,7 +34,7 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with errors_as_one_line(lambda: "--admin" if ctx.invoked_subcommand == "status" else "--address"):
+            with errors_as_one_line(lambda: "--admin" if ctx.invoked_subcommand in _OPERATORS else "--address"):
                 return super().invoke(ctx)
         except ModuleNotFoundError as error:  # such a command may import what it needs only when it runs
             if ctx.invoked_subcommand not in _added():
@@ -102,6 +103,7 @@ app.command("complete")(complete.complete)
 app.command("chat")(chat.chat)
 app.command("models")(inspect.models)
 app.command("status")(inspect.status)
+app.command("experts")(experts.experts)
 app.command("bench")(bench.bench)
 
 

@@ -99,16 +99,80 @@ class ModelStatus(_message.Message):
     replicas_wanted: int
     def __init__(self, name: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., numerics_id: _Optional[str] = ..., replicas_ready: _Optional[int] = ..., replicas_wanted: _Optional[int] = ...) -> None: ...
 
+class ExpertHost(_message.Message):
+    __slots__ = ("name", "life", "state", "node", "pid", "held", "capacity", "rows")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LIFE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    life: int
+    state: str
+    node: str
+    pid: int
+    held: int
+    capacity: int
+    rows: int
+    def __init__(self, name: _Optional[str] = ..., life: _Optional[int] = ..., state: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., held: _Optional[int] = ..., capacity: _Optional[int] = ..., rows: _Optional[int] = ...) -> None: ...
+
+class ExpertPlacement(_message.Message):
+    __slots__ = ("model", "replica", "version", "target_version", "balance", "age_s", "experts", "copies", "hosts", "hosts_wanted", "problem")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TARGET_VERSION_FIELD_NUMBER: _ClassVar[int]
+    BALANCE_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
+    HOSTS_FIELD_NUMBER: _ClassVar[int]
+    HOSTS_WANTED_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    replica: str
+    version: int
+    target_version: int
+    balance: float
+    age_s: float
+    experts: int
+    copies: int
+    hosts: _containers.RepeatedCompositeFieldContainer[ExpertHost]
+    hosts_wanted: int
+    problem: str
+    def __init__(self, model: _Optional[str] = ..., replica: _Optional[str] = ..., version: _Optional[int] = ..., target_version: _Optional[int] = ..., balance: _Optional[float] = ..., age_s: _Optional[float] = ..., experts: _Optional[int] = ..., copies: _Optional[int] = ..., hosts: _Optional[_Iterable[_Union[ExpertHost, _Mapping]]] = ..., hosts_wanted: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
+
+class ScaleExpertsRequest(_message.Message):
+    __slots__ = ("model", "hosts")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    HOSTS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    hosts: int
+    def __init__(self, model: _Optional[str] = ..., hosts: _Optional[int] = ...) -> None: ...
+
+class ScaleExpertsResponse(_message.Message):
+    __slots__ = ("model", "hosts")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    HOSTS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    hosts: int
+    def __init__(self, model: _Optional[str] = ..., hosts: _Optional[int] = ...) -> None: ...
+
 class GetStatusResponse(_message.Message):
-    __slots__ = ("version", "models", "replicas", "processes", "uptime_s")
+    __slots__ = ("version", "models", "replicas", "processes", "uptime_s", "experts")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     PROCESSES_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
     version: str
     models: _containers.RepeatedCompositeFieldContainer[ModelStatus]
     replicas: _containers.RepeatedCompositeFieldContainer[Replica]
     processes: _containers.RepeatedCompositeFieldContainer[Process]
     uptime_s: float
-    def __init__(self, version: _Optional[str] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., processes: _Optional[_Iterable[_Union[Process, _Mapping]]] = ..., uptime_s: _Optional[float] = ...) -> None: ...
+    experts: _containers.RepeatedCompositeFieldContainer[ExpertPlacement]
+    def __init__(self, version: _Optional[str] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., processes: _Optional[_Iterable[_Union[Process, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., experts: _Optional[_Iterable[_Union[ExpertPlacement, _Mapping]]] = ...) -> None: ...

@@ -20,6 +20,11 @@ class AdminStub(object):
                 request_serializer=understudy_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=understudy_dot_v1_dot_admin__pb2.GetStatusResponse.FromString,
                 )
+        self.ScaleExperts = channel.unary_unary(
+                '/understudy.v1.Admin/ScaleExperts',
+                request_serializer=understudy_dot_v1_dot_admin__pb2.ScaleExpertsRequest.SerializeToString,
+                response_deserializer=understudy_dot_v1_dot_admin__pb2.ScaleExpertsResponse.FromString,
+                )
 
 
 class AdminServicer(object):
@@ -33,6 +38,14 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ScaleExperts(self, request, context):
+        """How many expert hosts each replica of a model has from now on. Hosts are added or drained while requests run; no
+        token changes. Returns at once: GetStatus shows how far it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -40,6 +53,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=understudy_dot_v1_dot_admin__pb2.GetStatusRequest.FromString,
                     response_serializer=understudy_dot_v1_dot_admin__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'ScaleExperts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScaleExperts,
+                    request_deserializer=understudy_dot_v1_dot_admin__pb2.ScaleExpertsRequest.FromString,
+                    response_serializer=understudy_dot_v1_dot_admin__pb2.ScaleExpertsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -66,5 +84,22 @@ class Admin(object):
         return grpc.experimental.unary_unary(request, target, '/understudy.v1.Admin/GetStatus',
             understudy_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
             understudy_dot_v1_dot_admin__pb2.GetStatusResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ScaleExperts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/understudy.v1.Admin/ScaleExperts',
+            understudy_dot_v1_dot_admin__pb2.ScaleExpertsRequest.SerializeToString,
+            understudy_dot_v1_dot_admin__pb2.ScaleExpertsResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

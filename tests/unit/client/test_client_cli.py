@@ -230,7 +230,13 @@ def test_an_error_amid_the_answer_begins_a_line(server: FakeServer) -> None:
 
 @pytest.mark.parametrize(
     ("command", "flag"),
-    [("complete Hi", "--address"), ("models", "--address"), ("status", "--admin"), ("bench", "--address")],
+    [
+        ("complete Hi", "--address"),
+        ("models", "--address"),
+        ("status", "--admin"),
+        ("experts", "--admin"),
+        ("bench", "--address"),
+    ],
 )
 def test_no_service_says_how_to_start_one(server: FakeServer, command: str, flag: str) -> None:
     server.stop()
@@ -247,7 +253,7 @@ def test_a_wrong_command_line_exits_with_2(args: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["complete", "models", "status", "bench"])
+@pytest.mark.parametrize("command", ["complete", "models", "status", "experts", "bench"])
 def test_every_command_explains_itself(command: str) -> None:
     done = run(command, "--help")
     assert done.exit_code == 0
@@ -279,9 +285,39 @@ def busy(server: FakeServer) -> FakeServer:
     return server
 
 
+@pytest.fixture
+def with_experts(busy: FakeServer) -> FakeServer:
+    """A mixture whose experts are on two hosts."""
+    placement = busy.status.experts.add(
+        model="m", replica="m-0", version=3, target_version=4, balance=0.91, age_s=42, experts=128, copies=130,
+        hosts_wanted=2, problem="no room",
+    )  # fmt: skip
+    for name, state in (("h0", "ready"), ("h1", "loading")):
+        placement.hosts.add(name=name, life=1, state=state, node="10.0.0.1", pid=77, held=65, capacity=90, rows=12345)
+    return busy
+
+
+def test_experts_are_shown_and_their_hosts_added_and_removed(with_experts: FakeServer) -> None:
+    shown = run("experts", "--admin", with_experts.address).stdout
+    for word in ("m-0: placement 3, 4 is being loaded", "balance 0.91", "2 of 2 hosts", "no room", "loading", "12,345"):
+        assert word in shown
+    assert "2 of 5 hosts" in run("experts", "--add", "3", "--admin", with_experts.address).stdout
+    assert "2 of 4 hosts" in run("experts", "--remove", "1", "--model", "m", "--admin", with_experts.address).stdout
+    found = json.loads(run("experts", "--json", "--admin", with_experts.address).stdout)["experts"]
+    assert [p["hosts_wanted"] for p in found] == [4]
+    assert "placement 3" in run("status", "--admin", with_experts.address).stdout
+
+
+def test_experts_that_are_not_there_are_refused_in_one_line(busy: FakeServer, with_experts: FakeServer) -> None:
+    assert "--model x" in run("experts", "--model", "x", "--admin", busy.address).stderr
+    assert "one has to stay" in run("experts", "--remove", "2", "--admin", busy.address).stderr
+    del busy.status.experts[:]
+    assert "--expert-hosts N" in run("experts", "--admin", busy.address).stderr
+
+
 def test_status_json_is_for_scripts(busy: FakeServer) -> None:
     status = json.loads(run("status", "--json", address=busy.address).stdout)
-    assert set(status) == {"version", "models", "replicas", "processes", "uptime_s"}
+    assert set(status) == {"version", "models", "replicas", "processes", "uptime_s", "experts"}
     replica = status["replicas"][0]
     assert (replica["id"], replica["state"], replica["node"]) == ("m-0", "REPLICA_STATE_LOST", "10.0.0.1")
     assert replica["epoch"] == 2**40

@@ -131,6 +131,11 @@ class Source:
             raise self.answer
         return self.answer
 
+    async def scale_experts(self, model: str, hosts: int) -> str:
+        if hosts > 8:
+            raise ConfigError(f"{hosts} expert hosts for 8 experts in a layer; 1 to 8 can be had")
+        return model or "demo"
+
 
 async def test_the_operators_server() -> None:
     source = Source(admin_pb2.GetStatusResponse(version="1", uptime_s=2.0))
@@ -147,6 +152,11 @@ async def test_the_operators_server() -> None:
         with pytest.raises(grpc.aio.AioRpcError, match="did not answer within 1 s; try again") as caught:
             await stub.GetStatus(admin_pb2.GetStatusRequest())
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        scaled = await stub.ScaleExperts(admin_pb2.ScaleExpertsRequest(hosts=3))
+        assert (scaled.model, scaled.hosts) == ("demo", 3)
+        with pytest.raises(grpc.aio.AioRpcError, match="hosts: 9 expert hosts for 8 experts") as caught:
+            await stub.ScaleExperts(admin_pb2.ScaleExpertsRequest(hosts=9))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         inference = inference_pb2_grpc.InferenceStub(plain)  # type: ignore[no-untyped-call]
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await inference.ListModels(pb.ListModelsRequest())

@@ -1,0 +1,167 @@
+"""The bundled mixture with its experts on hosts of their own: the same tokens, whatever happens to hosts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from service_process import UNDERSTUDY, Service, idle, running, until
+
+from understudy.client import Client
+from understudy.v1 import admin_pb2
+
+PROMPT = "The capital of France is"
+
+
+def answer(client: Client, tokens: int = 150) -> tuple[int, ...]:
+    done = client.complete(
+        PROMPT, model="demo", seed=3, temperature=0.8, max_tokens=tokens, ignore_eos=True, timeout=60
+    )
+    return done.choices[0].token_ids
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Iterator[Service]:
+    if not (demo_model / "model.safetensors").is_file():
+        pytest.skip("models/demo has no weights here")
+    flags = ["--model", f"demo={demo_model}", "--expert-hosts", "2", "--threads", "1"]
+    with running(tmp_path_factory.mktemp("experts"), flags) as made:
+        made.wait_until_ready()
+        yield made
+        until(lambda: idle(made.status()))
+        assert made.stop()[-1] == "understudy: stopped"
+
+
+def placement(service: Service) -> admin_pb2.ExpertPlacement:
+    (found,) = service.status().experts
+    return found
+
+
+def settled(service: Service, hosts: int) -> bool:
+    now = placement(service)
+    return now.version == now.target_version and [h.state for h in now.hosts] == ["ready"] * hosts
+
+
+def hosts(service: Service) -> dict[int, int]:
+    """Process ids by rank."""
+    return {p.rank: p.pid for p in service.status().processes if p.role == "expert_host"}
+
+
+def test_tokens_are_those_of_experts_at_home(service: Service, apart: Service) -> None:
+    """`service` serves the same model without expert hosts."""
+    with service.client() as home, apart.client(None) as client:
+        assert {m.name: m.numerics_id for m in home.models()}["demo"] == client.models()[0].numerics_id
+        assert answer(client) == answer(home)
+        probe = {"trace": True, "trace_attention": [1], "max_tokens": 3, "temperature": 0.0, "model": "demo"}
+        ours, theirs = (c.complete(PROMPT, **probe, timeout=60) for c in (client, home))  # type: ignore[arg-type]
+        assert ours.choices[0].traces == theirs.choices[0].traces
+
+
+def test_operators_see_hosts_and_placement(apart: Service) -> None:
+    until(lambda: settled(apart, 2))
+    now = placement(apart)
+    assert (now.model, now.replica, now.version, now.hosts_wanted, now.problem) == ("demo", "demo-0", 1, 2, "")
+    assert sum(h.held for h in now.hosts) == now.copies == now.experts > 0
+    assert all(h.rows > 0 for h in now.hosts)
+    assert 0 < now.balance <= 1
+    assert hosts(apart) == {i: h.pid for i, h in enumerate(now.hosts)}
+    until(lambda: apart.metric("understudy_expert_hosts_ready") == 2)
+    assert apart.metric("understudy_expert_rebalance_age_seconds") > 0
+    assert apart.metric("understudy_expert_placement_version") == 1
+
+
+def test_a_killed_host_costs_no_token_and_comes_back(apart: Service) -> None:
+    until(lambda: settled(apart, 2))
+    with apart.client(None) as client:
+        expected = answer(client)
+        stream = client.generate(
+            PROMPT, model="demo", seed=3, temperature=0.8, max_tokens=150, ignore_eos=True, timeout=60
+        )
+        for _ in range(20):
+            next(stream)
+        before = hosts(apart)
+        os.kill(before[0], signal.SIGKILL)
+        for _ in stream:
+            pass
+        assert stream.completion().choices[0].token_ids == expected
+        until(lambda: settled(apart, 2) and hosts(apart)[0] != before[0])
+        assert hosts(apart)[1] == before[1]
+        assert placement(apart).hosts[0].life == 2
+        assert answer(client) == expected
+        until(lambda: sum(h.held for h in placement(apart).hosts) == placement(apart).experts)
+
+
+def test_hosts_are_added_and_removed_under_a_stream(apart: Service) -> None:
+    until(lambda: settled(apart, 2))
+    version = placement(apart).version
+    with apart.client(None) as client:
+        expected = answer(client, 20)
+        scaled = subprocess.run(
+            [UNDERSTUDY, "experts", "--add", "1", "--json", "--admin", apart.admin],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert json.loads(scaled.stdout)["experts"][0]["hosts_wanted"] == 3
+        while not settled(apart, 3):
+            assert answer(client, 20) == expected
+        assert placement(apart).version == version + 1
+        assert answer(client, 20) == expected
+        assert placement(apart).hosts[2].rows > 0
+        subprocess.run(
+            [UNDERSTUDY, "experts", "--remove", "1", "--admin", apart.admin], check=True, capture_output=True
+        )
+        while not settled(apart, 2):
+            assert answer(client, 20) == expected
+        assert answer(client, 20) == expected
+        until(lambda: len(hosts(apart)) == 2)
+
+
+def test_a_killed_router_leaves_the_placement_in_force(apart: Service) -> None:
+    until(lambda: settled(apart, 2))
+    version = placement(apart).version
+    router = next(p.pid for p in apart.status().processes if p.role == "router")
+    with apart.client(None) as client:
+        expected = answer(client, 20)
+        os.kill(router, signal.SIGKILL)
+        assert answer(client, 20) == expected
+
+        def back() -> bool:
+            try:
+                return placement(apart).version == version
+            except Exception:
+                return False
+
+        until(back)
+        assert answer(client, 20) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--expert-hosts", "1000"], ["--expert-hosts = 1000", "experts in a layer", "at most"]),
+        (["--expert-hosts", "-1"], ["--expert-hosts", "-1"]),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(
+    tmp_path: Path, demo_model: Path, flags: list[str], words: list[str]
+) -> None:
+    said = subprocess.run(
+        [UNDERSTUDY, "serve", "--model", str(demo_model), *flags], capture_output=True, text=True, check=False
+    )
+    assert said.returncode == 1
+    for word in words:
+        assert word in said.stderr
+    assert len(said.stderr.splitlines()) == 1
+
+
+def test_a_dense_model_has_no_experts_to_serve(text_model: Path) -> None:
+    said = subprocess.run(
+        [UNDERSTUDY, "serve", "--model", str(text_model), "--expert-hosts", "2"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert said.returncode == 1
+    assert "has no experts; leave it out" in said.stderr
