@@ -39,6 +39,16 @@ def serve(
         Path | None, _option("A smaller checkpoint of the same vocabulary, to draft with.", _MODELS, metavar="DIR")
     ] = None,
     draft_tokens: Annotated[int | None, _option("Tokens of a draft at most (4).", _MODELS)] = None,
+    tensor_parallel: Annotated[
+        int | None, _option("Processes that share each replica's model (1).", _MODELS, metavar="N")
+    ] = None,
+    expert_parallel: Annotated[
+        bool | None, _option("Keep each expert whole at one of those processes.", _MODELS, "--expert-parallel")
+    ] = None,
+    tensor_parallel_invariant: Annotated[
+        bool | None,
+        _option("The same bits at every --tensor-parallel, a little slower.", _MODELS, "--tensor-parallel-invariant"),
+    ] = None,
     expert_hosts: Annotated[
         int | None, _option("Hosts per replica that serve a mixture's experts (0: the replica itself).", _MODELS)
     ] = None,

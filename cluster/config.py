@@ -22,6 +22,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from understudy.errors import ConfigError
 from workers.engine.speculate import MAX_DRAFT_TOKENS
+from workers.parallel.share import MOST_RANKS
 
 ENV_PREFIX = "UNDERSTUDY_"
 # What Kubernetes writes into every pod for a Service named "understudy", and what others read.
@@ -91,6 +92,9 @@ class _Sizes(BaseModel):
     speculate: Literal["auto", "none", "ngram", "draft"] = "auto"
     draft_model: FilePath | None = None
     draft_tokens: Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS)] = 4
+    tensor_parallel: Annotated[int, Field(ge=1, le=MOST_RANKS)] = 1
+    expert_parallel: bool = False
+    tensor_parallel_invariant: bool = False
     expert_hosts: Annotated[int, Field(ge=0, le=4096)] = 0
     replicas: Replicas = 1
 
@@ -272,6 +276,7 @@ def _models(
         _check_directory(model)
         _check_draft(model, labels)
         _check_experts(model, labels)
+        _check_parallel(model, labels)
         models.append(model)
     return tuple(models)
 
@@ -317,6 +322,24 @@ def _check_experts(model: ModelConfig, labels: Mapping[str, str]) -> None:
         from workers.model.config import read_spec
 
         check_hosts(read_spec(model.path), model.expert_hosts, labels.get("expert_hosts", "--expert-hosts"))
+
+
+def _check_parallel(model: ModelConfig, labels: Mapping[str, str]) -> None:
+    """Whether so many ranks can share the model. Raises ConfigError, or CheckpointError of its config.json."""
+    whole = labels.get("expert_parallel", "--expert-parallel")
+    if model.expert_parallel and model.expert_hosts:
+        hosts = labels.get("expert_hosts", "--expert-hosts")
+        raise ConfigError(f"{whole}: the experts live on {hosts} = {model.expert_hosts} already; keep one of the two")
+    if model.tensor_parallel == 1 and not model.tensor_parallel_invariant:
+        if model.expert_parallel:
+            raise ConfigError(f"{whole}: spreads experts over ranks, of which there is one; add --tensor-parallel N")
+        return
+    from workers.model.config import read_spec
+    from workers.parallel.share import check_degree
+
+    key = labels.get("tensor_parallel", "--tensor-parallel")
+    spread = model.expert_parallel or model.expert_hosts > 0
+    check_degree(read_spec(model.path), model.tensor_parallel, model.tensor_parallel_invariant, spread, key)
 
 
 def is_loopback(host: str) -> bool:

@@ -69,7 +69,7 @@ def make_plan(config: ServiceConfig, cpus: int, logs: Path | None = None) -> Pla
     Raises CheckpointError where text files are missing.
     """
     secret = secrets.token_hex(32)
-    number = sum(m.replicas for m in config.models)
+    number = sum(m.replicas * m.tensor_parallel for m in config.models)
     local = config.ray_address is None
     place = str(logs) if local and logs is not None else None
     replicas = tuple(_replica_plan(config, model, secret, cpus, number, place) for model in config.models)
@@ -122,6 +122,9 @@ def _replica_plan(
         speculate=speculate,
         draft_model_dir=str(model.draft_model) if speculate == "draft" else None,
         draft_tokens=model.draft_tokens,
+        tensor_parallel=1 if config.engine == "fake" else model.tensor_parallel,
+        expert_parallel=model.expert_parallel,
+        tensor_parallel_invariant=model.tensor_parallel_invariant,
     )
     # On one machine Ray's count of CPUs decides nothing: threads do. In a cluster it keeps replicas apart.
     leader_cpus = 0.01 if local else float(threads or 1)

@@ -12,15 +12,18 @@ import msgspec
 
 from cluster.directory import find
 from cluster.expert_actors import call_actor, open_hosts
+from cluster.group import RankGroup, Ranks
 from cluster.logs import configure
+from cluster.places import RankPlace
 from cluster.plan import LEASE_S, SUPERVISOR_CPUS, ReplicaPlan, node_address, serve_logging
 from cluster.roster import Claim
 from cluster.supervisor import Supervisor
 from cluster.wire import LeaderServer
-from workers.actors import LeaderReport, Progress, build_real_engine, leader_actor
+from workers.actors import LeaderReport, Progress, RankReport, build_real_engine, leader_actor, rank_actor
 from workers.engine import Engine, EngineConfig
 from workers.engine.loop import EngineLoop
 from workers.experts.placement import HostsView
+from workers.parallel.meeting import Meeting
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +58,12 @@ class RayLeader:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    async def start(self) -> LeaderReport:
-        report: LeaderReport = await self._call(self._handle.start)
+    async def meet(self, size: int, one_machine: bool, address: str) -> Meeting:
+        meeting: Meeting = await self._call(self._handle.meet, size, one_machine, address)
+        return meeting
+
+    async def start(self, meeting: Meeting | None = None) -> LeaderReport:
+        report: LeaderReport = await self._call(self._handle.start, meeting)
         return report
 
     async def report(self) -> LeaderReport:
@@ -79,6 +86,29 @@ class RayLeader:
 
     async def _call(self, method: Any, *args: object) -> Any:
         return await call_actor(method, *args)
+
+
+class RayRank:
+    """Another rank's actor as its group sees it."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def start(self, meeting: Meeting) -> RankReport:
+        report: RankReport = await call_actor(self._handle.start, meeting)
+        return report
+
+    async def report(self) -> RankReport:
+        report: RankReport = await call_actor(self._handle.report)
+        return report
+
+    async def place_experts(self, view: HostsView) -> None:
+        await call_actor(self._handle.place_experts, msgspec.msgpack.encode(view))
+
+    def kill(self) -> None:
+        import ray
+
+        ray.kill(self._handle, no_restart=True)
 
 
 class Replica:
@@ -106,18 +136,35 @@ class Replica:
             raise
         self._running = asyncio.create_task(self._supervisor.run(), name="supervise")
 
-    def _start_leader(self, claim: Claim) -> RayLeader:
-        plan = self._plan
-        actor = leader_actor(num_cpus=plan.leader_cpus, num_gpus=plan.leader_gpus)
-        build = build_fake_engine if plan.fake else build_real_engine
-        host = "127.0.0.1" if plan.loopback else ""
-        engine = plan.engine
+    def _start_leader(self, claim: Claim) -> RayLeader | RankGroup:
+        engine = self._plan.engine
         if self._experts is not None:
             engine = msgspec.structs.replace(engine, experts=self._experts.plan)
-        leader = RayLeader(actor.remote(engine, build, partial(make_wire, claim=claim, secret=plan.secret, host=host)))
+        leader = self._group(engine, claim) if engine.tensor_parallel > 1 else self._leader(engine, claim)
         if self._experts is not None:
             self._experts.attach(leader, self._supervisor.experts)
         return leader
+
+    def _leader(self, engine: EngineConfig, claim: Claim, **options: Any) -> RayLeader:
+        plan = self._plan
+        actor = leader_actor(num_cpus=plan.leader_cpus, num_gpus=plan.leader_gpus, **options)
+        build = build_fake_engine if plan.fake else build_real_engine
+        wire = partial(make_wire, claim=claim, secret=plan.secret, host="127.0.0.1" if plan.loopback else "")
+        return RayLeader(actor.remote(engine, build, wire))
+
+    def _group(self, engine: EngineConfig, claim: Claim) -> RankGroup:
+        plan, place = self._plan, RankPlace(self._plan)
+
+        async def ranks() -> Ranks:
+            await place.reserve()
+            first = self._leader(engine, claim, **place.options(0))
+            others = []
+            for rank in range(1, engine.tensor_parallel):
+                actor = rank_actor(num_cpus=plan.leader_cpus, num_gpus=plan.leader_gpus, **place.options(rank))
+                others.append(RayRank(actor.remote(engine, rank)))
+            return Ranks(first, others, place.nodes, place.one_machine, place.address)
+
+        return RankGroup(ranks, place.clear)
 
     async def check_health(self) -> None:
         """Asked by Serve every second."""

@@ -254,6 +254,7 @@ class Supervisor:
         processes = [ProcessInfo("replica", os.getpid(), self._node, replica)]
         if report is not None and report.pid and not self._lost:
             processes.append(ProcessInfo("shard", report.pid, self._node, replica))
+            processes += [ProcessInfo("shard", pid, node, replica, i) for i, (pid, node) in enumerate(report.ranks, 1)]
         if self._companion is not None:
             processes += self._companion.processes()
         failed = bool(self._lost)

@@ -9,23 +9,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 
-from understudy.errors import UnderstudyError
+from understudy.errors import Unavailable, UnderstudyError
 from workers.engine import Engine, EngineConfig, EngineInfo, EngineStats, Request, StepOutput
 from workers.engine.loop import EngineLoop
 from workers.experts.placement import DispatchReport, HostsView
+from workers.parallel.errors import GroupBroken
+from workers.parallel.meeting import Meeting, join, offer
+
+if TYPE_CHECKING:
+    from workers.parallel.group import Group
 
 log = logging.getLogger(__name__)
 
 Stage = Literal["starting", "loading", "warming", "ready", "draining", "failed"]
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
 _STOP_S = 10.0  # for the step under way
-BuildEngine = Callable[[EngineConfig, Progress], Engine]
+BuildEngine = Callable[..., Engine]  # of (config, progress), and of a group where there are other ranks
 
 
 class WireServer(Protocol):
@@ -61,13 +67,23 @@ class LeaderReport(msgspec.Struct, frozen=True):
     error_kind: str = ""
     error: str = ""
     experts: DispatchReport | None = None  # where its experts are elsewhere
+    ranks: tuple[tuple[int, str], ...] = ()  # process id and node of rank 1 and the following, where there are some
 
 
-def build_real_engine(config: EngineConfig, progress: Progress) -> Engine:
-    """The engine of a checkpoint; brings torch into the process."""
+class RankReport(msgspec.Struct, frozen=True):
+    """A rank other than the first. `stage` is starting, loading, ready or failed, then with an error."""
+
+    stage: Stage
+    pid: int
+    error_kind: str = ""
+    error: str = ""
+
+
+def build_real_engine(config: EngineConfig, progress: Progress, group: Group | None = None) -> Engine:
+    """The engine of a checkpoint, at rank 0 of its group; brings torch into the process."""
     from workers.engine.build import build_engine
 
-    return build_engine(config, progress)
+    return build_engine(config, progress, group)
 
 
 class Leader:
@@ -91,13 +107,21 @@ class Leader:
         self._address = ""
         self._loop: EngineLoop | None = None
         self._wire: WireServer | None = None
+        self._group: Group | None = None
         self._experts: Any = None  # a workers.experts.dispatch.Dispatcher
 
-    async def start(self) -> LeaderReport:
-        """Builds, warms up and listens. A failure is reported, not raised: it has to travel as words."""
+    async def meet(self, size: int, one_machine: bool, address: str) -> Meeting:
+        """Offers a place where the ranks of its group find each other, before anyone is started."""
+        return await asyncio.to_thread(offer, size, one_machine, address, self._config.device)
+
+    async def start(self, meeting: Meeting | None = None) -> LeaderReport:
+        """Builds, warms up and listens. A failure is reported, not raised: it has to travel as words.
+
+        `meeting`: where the other ranks are, of which this one is the first.
+        """
         try:
             self._stage = "loading"
-            engine = await asyncio.to_thread(self._build, self._config, self._progress)
+            engine = await asyncio.to_thread(self._make, meeting)
             self._experts = getattr(engine, "experts", None)
             self._loop = EngineLoop(engine, on_error=self._fail)
             self._stage, self._done = "warming", 0.0
@@ -109,7 +133,15 @@ class Leader:
             if not isinstance(error, UnderstudyError):
                 log.exception("the engine could not be built")
             self._fail(error)
+            if self._group is not None:  # the others wait for this rank
+                self._group.abort(f"rank 0 failed: {error}")
         return self.report_now()
+
+    def _make(self, meeting: Meeting | None) -> Engine:
+        if meeting is None:
+            return self._build(self._config, self._progress)
+        self._group = join(meeting, 0, self._config.device)
+        return self._build(self._config, self._progress, self._group)
 
     async def report(self) -> LeaderReport:
         """What is known right now; quick."""
@@ -119,8 +151,7 @@ class Leader:
         loop, error = self._loop, self._error
         report = LeaderReport(self._stage, self._done, os.getpid(), self._address)
         if error is not None:
-            kind = error.kind if isinstance(error, UnderstudyError) else "INTERNAL"
-            said = error.message if isinstance(error, UnderstudyError) else f"{type(error).__name__}: {error}"
+            kind, said = words_of(error)
             report = msgspec.structs.replace(report, error_kind=kind, error=said)
         if loop is None:
             return report
@@ -168,6 +199,76 @@ class Leader:
         self._error, self._stage = error, "failed"
 
 
+class Rank:
+    """Holds one part of a model, and computes what rank 0 tells. Its methods run on one event loop."""
+
+    def __init__(self, config: EngineConfig, rank: int, *, own_process: bool = True) -> None:
+        if own_process:
+            os.environ["OMP_NUM_THREADS"] = str(config.threads or os.cpu_count() or 1)
+        self._config, self._rank = config, rank
+        self._experts: Any = None  # a workers.experts.dispatch.Dispatcher
+        self._stage: Stage = "starting"
+        self._error: BaseException | None = None
+        self._group: Group | None = None
+
+    async def start(self, meeting: Meeting) -> RankReport:
+        """Loads its part, then follows in a thread of its own until rank 0 closes or the group breaks."""
+        self._stage = "loading"
+        try:
+            runner = await asyncio.to_thread(self._load, meeting)
+        except Exception as error:
+            if not isinstance(error, UnderstudyError | GroupBroken):
+                log.exception("rank %d could not be built", self._rank)
+            self._fail(error)
+            if self._group is not None:
+                self._group.abort(f"rank {self._rank} failed: {error}")
+            return self.report_now()
+        self._stage, self._experts = "ready", runner.experts
+        threading.Thread(target=self._follow, args=(runner,), name=f"rank {self._rank}", daemon=True).start()
+        return self.report_now()
+
+    async def report(self) -> RankReport:
+        """What is known right now; quick."""
+        return self.report_now()
+
+    async def place_experts(self, view: bytes) -> None:
+        """See `Leader.place_experts`. Ranks need not change over in the same step: rows are the same wherever they are
+        computed."""
+        if self._experts is not None:
+            await asyncio.to_thread(self._experts.offer, msgspec.msgpack.decode(view, type=HostsView))
+
+    def report_now(self) -> RankReport:
+        kind, said = words_of(self._error) if self._error is not None else ("", "")
+        return RankReport(self._stage, os.getpid(), kind, said)
+
+    def _load(self, meeting: Meeting) -> Any:
+        from workers.engine.build import build_rank
+
+        self._group = join(meeting, self._rank, self._config.device)
+        return build_rank(self._config, self._group)
+
+    def _follow(self, runner: Any) -> None:
+        try:
+            runner.follow()
+        except Exception as error:  # a thread has no caller: it is kept, told and logged
+            log.error("rank %d stops: %s", self._rank, error)
+            self._fail(error)
+        finally:
+            runner.close()
+
+    def _fail(self, error: BaseException) -> None:
+        self._error, self._stage = error, "failed"
+
+
+def words_of(error: BaseException) -> tuple[str, str]:
+    """Kind and words of an error that has to travel."""
+    if isinstance(error, UnderstudyError):
+        return error.kind, error.message
+    if isinstance(error, GroupBroken):
+        return Unavailable.kind, str(error)
+    return "INTERNAL", f"{type(error).__name__}: {error}"
+
+
 async def warm_up(loop: EngineLoop) -> None:
     """One short sequence through the whole engine, so that the first caller does not wait for first-time costs.
 
@@ -190,6 +291,13 @@ async def warm_up(loop: EngineLoop) -> None:
         error = await ended
     if error:
         raise RuntimeError(f"the engine cannot make a token: {error}")
+
+
+def rank_actor(*, num_cpus: float, num_gpus: float = 0.0, **options: Any) -> Any:
+    """`Rank` as a Ray actor class with its resources named."""
+    import ray
+
+    return ray.remote(Rank).options(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=0, **options)
 
 
 def leader_actor(*, num_cpus: float, num_gpus: float = 0.0, **options: Any) -> Any:

@@ -13,14 +13,19 @@ from workers.engine.speculate import MAX_DRAFT_TOKENS
 if TYPE_CHECKING:
     from workers.engine.core import EngineCore
     from workers.engine.drafts import Proposer
-    from workers.engine.runner import RunnerInfo
+    from workers.engine.runner import Runner, RunnerInfo
+    from workers.parallel.group import Group
 
 DEFAULT_CHUNK_TOKENS = 512  # rows a step has at most: large enough to be bound by arithmetic, small enough to be short
 DEFAULT_MAX_RUNNING = 64
 
 
-def build_engine(config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> EngineCore:
+def build_engine(
+    config: EngineConfig, progress: Callable[[int, int], None] | None = None, group: Group | None = None
+) -> EngineCore:
     """An engine over the checkpoint in `config.model_dir`. `progress` is told (bytes read, bytes in all).
+
+    `group`: of `config.tensor_parallel` ranks, of which this process is the first; None: of one.
 
     Raises CheckpointError (names the file) or ConfigError (names the key).
     """
@@ -36,7 +41,7 @@ def build_engine(config: EngineConfig, progress: Callable[[int, int], None] | No
     from workers.grammar.formats import CheckpointFormats
     from workers.kernels.ops import BLOCK
 
-    runner = Runner.from_checkpoint(config, progress)
+    runner = Runner.from_checkpoint(config, progress, group_of(config, group))
     its = runner.info
     info = EngineInfo(
         model=config.name or Path(config.model_dir).resolve().name,
@@ -57,6 +62,26 @@ def build_engine(config: EngineConfig, progress: Callable[[int, int], None] | No
     formats = CheckpointFormats(Path(config.model_dir), its.vocab_size)
     proposer = make_proposer(config, its, chunk_tokens)
     return EngineCore(runner, info, cache, runner.ops, formats, proposer, config.draft_tokens, its.long_prompt)
+
+
+def build_rank(config: EngineConfig, group: Group) -> Runner:
+    """What another rank than the first has: a runner that follows. Raises CheckpointError or ConfigError."""
+    from workers.engine.runner import Runner
+
+    return Runner.from_checkpoint(config, None, group_of(config, group))
+
+
+def group_of(config: EngineConfig, group: Group | None) -> Group:
+    """The group, which has to be of the degree that was asked for; of one rank where there is none."""
+    from workers.parallel.group import ALONE
+
+    group = group or ALONE
+    if group.size != config.tensor_parallel:
+        raise ConfigError(
+            f"tensor_parallel: {config.tensor_parallel} ranks are asked for, the group has {group.size}; "
+            "`understudy serve` starts them, `workers.parallel.meeting` brings them together"
+        )
+    return group
 
 
 def make_proposer(config: EngineConfig, target: RunnerInfo, chunk_tokens: int) -> Proposer | None:

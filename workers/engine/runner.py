@@ -116,8 +116,9 @@ class Runner:
         """
         model_dir = Path(config.model_dir)
         spec = read_spec(model_dir)
-        check_degree(spec, group.size, config.tensor_parallel_invariant, config.expert_parallel)
-        share = Share(group.rank, group.size, config.tensor_parallel_invariant, config.expert_parallel)
+        whole_experts = config.expert_parallel or config.experts is not None
+        check_degree(spec, group.size, config.tensor_parallel_invariant, whole_experts)
+        share = Share(group.rank, group.size, config.tensor_parallel_invariant, whole_experts)
         ops = make_ops(
             spec.dtype if config.dtype == "auto" else config.dtype, config.device, config.kernels, config.threads
         )

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from understudy.errors import ConfigError
 from workers.model.spec import Attention, DenseFfn, ModelSpec, MoeFfn
 
+MOST_RANKS = 16  # of a group
 PARTS = 8  # of a sum, under the invariant option, where its length allows it
 
 
@@ -113,7 +114,7 @@ def misfit(spec: ModelSpec, size: int, invariant: bool = False, whole_experts: b
             if invariant and tree_parts(units) % size:
                 return f"{what} of {units} columns makes {tree_parts(units)} parts of the invariant sum"
         if isinstance(ffn, MoeFfn) and whole_experts and ffn.experts < size:
-            return f"its layers have {ffn.experts} experts"
+            return f"its layers have {ffn.experts} experts, fewer than ranks"
     return ""
 
 
@@ -126,8 +127,7 @@ def check_degree(
     if whole_experts and not any(isinstance(ffn, MoeFfn) for ffn in spec.ffn):
         raise ConfigError(f"expert_parallel: {spec.architecture} has no experts; leave it off")
     if why := misfit(spec, size, invariant, whole_experts):
-        most = max(2 * size, spec.attention.heads)
-        work = [n for n in range(1, most + 1) if not misfit(spec, n, invariant, whole_experts)]
+        work = [n for n in range(1, MOST_RANKS + 1) if not misfit(spec, n, invariant, whole_experts)]
         near = sorted(sorted(work, key=lambda n: (abs(n - size), n))[:4])
         option = " with the invariant sum" if invariant else ""
         raise ConfigError(

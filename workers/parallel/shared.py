@@ -19,11 +19,11 @@ from torch import Tensor
 from workers.kernels import build
 from workers.kernels.native_attention import DTYPES
 from workers.parallel.errors import GroupBroken
+from workers.parallel.share import MOST_RANKS
 
 CAPACITY = 4 << 20  # bytes that a rank gives at a time; more goes in pieces
 LIMIT_S = 120.0  # no rank takes longer for its part of a step
 SPINS = 5000  # about 0.2 ms: longer than the usual wait, where each rank has a core
-MOST_RANKS = 16
 
 _P, _L, _I, _U = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_uint32
 _BACK = ctypes.POINTER(ctypes.c_long)
