@@ -2,12 +2,12 @@
 
     python bench/parallel.py tensor                  # 1 process with 2 threads beside 2 processes with 1 thread each
     python bench/parallel.py tensor --invariant      # and both with sums over the fixed tree
-    python bench/parallel.py reduce                  # an all-reduce through shared memory beside gloo's, in microseconds
+    python bench/parallel.py reduce                  # an all-reduce through shared memory beside gloo's, in us
     python bench/parallel.py control                 # what a step's plan costs on its way to the ranks
 
-`tensor` runs a checkpoint of Qwen2.5-0.5B's shape (494 M parameters, made on the first run; `bench/engine.py` tells its
-measures) in turn in one process and in N, `--repeat` times, and prints the ratio of each turn. Experts on hosts of their
-own are in `bench/experts.py`.
+`tensor` runs a checkpoint of Qwen2.5-0.5B's shape (494 M parameters, made on the first run; `bench/engine.py` tells
+its measures) in turn in one process and in N, `--repeat` times, and prints the ratio of each turn. Experts on hosts of
+their own are in `bench/experts.py`.
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ from router.models import TEXT_FILES
 from understudy.errors import CheckpointError
 from workers.engine import EngineConfig
 
-SUPERVISOR_CPUS = 0.01
-GATEWAY_CPUS = 0.01
+# They wait more than they compute. Any share of a CPU would keep a rank that wants it whole from its place.
+SUPERVISOR_CPUS = 0.0
+GATEWAY_CPUS = 0.0
 LEASE_S = 10.0
 
 

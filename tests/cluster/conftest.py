@@ -24,11 +24,13 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory, text_model: Path, demo_model: Path) -> Iterator[Service]:
-    """Two replicas of `text` behind two gateways that want a token; and the bundled model where it is there."""
+    """Two replicas of `text`, and one of `shared`, the same model over two ranks, behind two gateways that want a
+    token; and the bundled model where it is there."""
     place = tmp_path_factory.mktemp("service")
     tokens, config = place / "tokens", place / "service.yaml"
     tokens.write_text(f"# for tests\n{TOKEN} tester\n")
     models = {"text": {"path": str(text_model), "dtype": "float32", "replicas": 2}}
+    models["shared"] = {"path": str(text_model), "dtype": "float32", "tensor_parallel": 2}
     if (demo_model / "model.safetensors").is_file():
         models["demo"] = {"path": str(demo_model)}
     config.write_text(json.dumps({"models": models, "gateways": 2, "tokens": str(tokens), "drain_seconds": 10}))

@@ -42,7 +42,8 @@ class TorchGroup:
         try:
             store = dist.TCPStore(host, port, size, rank == 0, limit)
             self._wires = _lead(store, host, size, timeout_s) if rank == 0 else [_join(store, host, timeout_s)]
-            self._gloo: Any = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, limit)
+            own = host if rank == 0 else self._wires[0].getsockname()[0]
+            self._gloo: Any = _gloo(dist.PrefixStore("gloo", store), rank, size, own, limit)
             self._data: Any = self._gloo
             if self.kind == "nccl":
                 options = dist.ProcessGroupNCCL.Options()
@@ -116,6 +117,14 @@ class TorchGroup:
             raise
         except RuntimeError as error:
             raise GroupBroken(self._why or f"a rank is gone: {_first_line(error)}") from error
+
+
+def _gloo(store: Any, rank: int, size: int, address: str, limit: timedelta) -> Any:
+    """Gloo on the interface by which the leader is reached, not on the one that this machine's name resolves to."""
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+    options._timeout = limit
+    return dist.ProcessGroupGloo(store, rank, size, options)
 
 
 def _done(work: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A replica's ranks under one supervisor, without Ray: what happens to one happens to all, and is said with its cause."""
+"""A replica's ranks as one leader, without Ray: what happens to one happens to all, and is said with its cause."""
 
 from __future__ import annotations
 
