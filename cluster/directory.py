@@ -6,6 +6,7 @@ nobody; within a beat everybody has announced itself again.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from typing import Any
@@ -37,7 +38,7 @@ class DirectoryActor(RouterActor):
     def __init__(self, heartbeat_timeout: float = 2.0, limits: dict[str, int] | None = None) -> None:
         super().__init__(heartbeat_timeout, limits)
         first = int(time.time()) if _restarted() else 1
-        self._experts = Rebalancers(time.monotonic)
+        self._experts, self._placing = Rebalancers(time.monotonic), asyncio.Lock()
         self._roster = Roster(time.monotonic, timeout_s=max(5.0, 2.5 * heartbeat_timeout), first_epoch=first)
 
     async def claim(self, model: str, holder: str, processes: bytes) -> bytes:
@@ -63,7 +64,8 @@ class DirectoryActor(RouterActor):
 
     async def experts(self, report: bytes) -> bytes:
         """What a replica's hosts have computed; the placement that it should have."""
-        return _encode(self._experts.hear(_experts_report.decode(report)))
+        async with self._placing:  # large ones take a while: beside the loop that answers gateways
+            return _encode(await asyncio.to_thread(self._experts.hear, _experts_report.decode(report)))
 
     async def expert_views(self) -> bytes:
         return _encode(self._experts.views())

@@ -213,10 +213,10 @@ class Rebalancers:
     def views(self) -> list[ExpertsView]:
         """Every replica that was heard of lately, by name."""
         now = self._clock()
-        for name in [n for n, r in self._replicas.items() if now - r.heard > self._forget_s]:
-            del self._replicas[name]
+        for name in [n for n, r in [*self._replicas.items()] if now - r.heard > self._forget_s]:
+            self._replicas.pop(name, None)
         found = []
-        for _, replica in sorted(self._replicas.items()):
+        for _, replica in sorted([*self._replicas.items()]):
             view = replica.view(now, None)
             if view is not None:
                 found.append(msgspec.structs.replace(view, wanted=self._wanted.get(view.model, view.wanted)))

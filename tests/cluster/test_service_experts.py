@@ -29,7 +29,7 @@ def answer(client: Client, tokens: int = 150) -> tuple[int, ...]:
 def apart(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Iterator[Service]:
     if not (demo_model / "model.safetensors").is_file():
         pytest.skip("models/demo has no weights here")
-    flags = ["--model", f"demo={demo_model}", "--expert-hosts", "2", "--threads", "1"]
+    flags = ["--model", f"demo={demo_model}", "--expert-hosts", "2", "--threads", "1", "--gateways", "2"]
     with running(tmp_path_factory.mktemp("experts"), flags) as made:
         made.wait_until_ready()
         yield made

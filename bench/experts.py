@@ -1,0 +1,302 @@
+"""Experts on hosts of their own: what they cost on one machine, with a lost host and a new placement; skewed loads over
+many hosts.
+
+    python bench/experts.py engine      # an engine with its experts on 2 hosts beside the same engine with them at home
+    python bench/experts.py simulate    # balance, moves and throughput of 8 to 256 hosts, computed
+
+`engine`: a checkpoint of OLMoE's kind with random bf16 weights (64 experts of 1024 x 512, 8 for a token, 4 layers,
+428 M parameters; made on the first run), 16 sequences, 16 tokens in, 64 more out, greedy. At home: one process with all
+CPUs. Apart: a leader with as many threads, and 2 hosts that share the CPUs. Runs of the two take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = {
+    "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "vocab_size": 8192, "hidden_size": 1024,
+    "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 16,
+    "num_experts": 64, "num_experts_per_tok": 8, "max_position_embeddings": 1024, "norm_topk_prob": False,
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False, "hidden_act": "silu",
+    "torch_dtype": "bfloat16", "eos_token_id": None,
+}  # fmt: skip
+
+
+# An engine on this machine --------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(path: Path) -> None:
+    """Random weights, tensor by tensor, unless they are there."""
+    if (path / "model.safetensors").is_file():
+        return
+    import torch
+
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(SHAPE))
+    h, f, v = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["vocab_size"]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, h), "lm_head.weight": (v, h)}
+    shapes["model.norm.weight"] = (h,)
+    for i in range(SHAPE["num_hidden_layers"]):
+        at = f"model.layers.{i}"
+        norms = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+        shapes |= {f"{at}.{name}.weight": (h,) for name in norms}
+        shapes |= {f"{at}.self_attn.{name}_proj.weight": (h, h) for name in "qkvo"}
+        shapes[f"{at}.mlp.gate.weight"] = (SHAPE["num_experts"], h)
+        for e in range(SHAPE["num_experts"]):
+            expert = f"{at}.mlp.experts.{e}"
+            shapes |= {f"{expert}.gate_proj.weight": (f, h), f"{expert}.up_proj.weight": (f, h)}
+            shapes[f"{expert}.down_proj.weight"] = (h, f)
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in shapes.items():
+        size = 2 * int(torch.Size(shape).numel())
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 64)
+    draw = torch.Generator().manual_seed(0)
+    print(f"writing a random checkpoint of {end / 2e6:.0f} M parameters to {path}", file=sys.stderr)
+    with (path / "writing").open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for shape in shapes.values():
+            values = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=draw) * shape[1] ** -0.5
+            out.write(values.bfloat16().view(torch.uint8).numpy().tobytes())
+    os.replace(path / "writing", path / "model.safetensors")
+
+
+class Hosts:
+    """Expert hosts as processes of their own."""
+
+    def __init__(self, checkpoint: Path, count: int, threads: int, secret: str) -> None:
+        import msgspec
+
+        from workers.experts.placement import HostReport
+        from workers.experts.process import HostPlan
+
+        self._report = HostReport
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "workers.experts.process", "127.0.0.1"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT,
+            )
+            for _ in range(count)
+        ]  # fmt: skip
+        for i, process in enumerate(self.processes):
+            plan = HostPlan(str(checkpoint), f"h{i}", 1, secret, threads=threads)
+            process.stdin.write(msgspec.json.encode(plan) + b"\n")  # type: ignore[union-attr]
+            process.stdin.flush()  # type: ignore[union-attr]
+        self.addresses = []
+        for process in self.processes:
+            report, _, said = msgspec.json.decode(
+                process.stdout.readline(),
+                type=tuple[HostReport | None, str, str],  # type: ignore[union-attr]
+            )
+            if report is None:
+                raise RuntimeError(said)
+            self.addresses.append(report.address)
+
+    def tell(self, host: int, *order: Any) -> Any:
+        """An order, and what the host then reports."""
+        import msgspec
+
+        process = self.processes[host]
+        process.stdin.write(msgspec.json.encode(order) + b"\n")  # type: ignore[union-attr]
+        process.stdin.flush()  # type: ignore[union-attr]
+        return msgspec.json.decode(process.stdout.readline(), type=self._report)  # type: ignore[union-attr]
+
+    def hold(self, host: int, places: Sequence[tuple[int, int]]) -> None:
+        """Has a host load experts and waits for it."""
+        report = self.tell(host, "hold", places)
+        while report.held < report.asked:
+            time.sleep(0.05)
+            report = self.tell(host, "report")
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def run_b16(engine: Any, tag: str, out: int = 64) -> tuple[float, list[float], list[list[int]]]:
+    """(tokens per second after the first, seconds of each step, the tokens) of 16 sequences."""
+    from workers.engine.contract import Request, Sampling
+
+    dice = random.Random(0)
+    for i in range(16):
+        prompt = [dice.randrange(8192) for _ in range(16)]
+        engine.add(Request(f"{tag}-{i}", prompt, out, Sampling(temperature=0.0), bypass_prefix_cache=True))
+    made: dict[str, list[int]] = {}
+    steps = []
+    while engine.has_work():
+        begin = time.perf_counter()
+        for output in engine.step():
+            made.setdefault(output.id, []).extend(output.token_ids)
+        steps.append(time.perf_counter() - begin)
+    return 16 * (len(steps) - 1) / sum(steps[1:]), steps, [made[f"{tag}-{i}"] for i in range(16)]
+
+
+def engine_command(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from router.experts import make_placement
+    from workers.engine.build import build_engine
+    from workers.engine.contract import EngineConfig
+    from workers.experts.placement import ExpertsPlan, HostsView
+
+    write_checkpoint(arguments.checkpoint)
+    cpus, secret = len(os.sched_getaffinity(0)), "bench"
+    layers, experts = range(SHAPE["num_hidden_layers"]), SHAPE["num_experts"]
+    config = EngineConfig(
+        model_dir=str(arguments.checkpoint), threads=cpus, max_running=16, cache_bytes=256 << 20, chunk_tokens=256
+    )
+    hosts = Hosts(arguments.checkpoint, 2, max(1, cpus // 2), secret)
+    try:
+        capacity = {a.name: a.capacity for a in hosts.addresses}
+        placement = make_placement(None, layers, [[1.0] * experts for _ in layers], capacity)
+        for i, address in enumerate(hosts.addresses):
+            hosts.hold(i, placement.held_by(address.name))
+        plan = ExpertsPlan(HostsView(1, placement, tuple(hosts.addresses)), secret)
+        import msgspec
+
+        home, apart = build_engine(config), build_engine(msgspec.structs.replace(config, experts=plan))
+        for engine in (home, apart):
+            run_b16(engine, "warm", 8)
+        rates: dict[str, list[float]] = {"home": [], "apart": []}
+        tokens = {}
+        for turn in range(arguments.repeat):
+            for name, engine in (("home", home), ("apart", apart)):
+                rate, _, tokens[name] = run_b16(engine, f"{name}{turn}")
+                rates[name].append(rate)
+        if tokens["home"] != tokens["apart"]:
+            raise RuntimeError("the tokens differ")
+        best = {name: max(each) for name, each in rates.items()}
+        print(json.dumps({"torch": torch.__version__, "cpus": cpus, "tokens_per_second": rates}, indent=1))
+        print(f"at home {best['home']:.1f} tokens/s, apart {best['apart']:.1f}: {best['apart'] / best['home']:.2f}")
+        print(f"one exchange with nothing to compute: {empty_exchange(apart):.0f} us")
+        kill_and_switch(apart, hosts, placement, plan)
+    finally:
+        hosts.close()
+
+
+def empty_exchange(engine: Any) -> float:
+    """Microseconds of one layer's exchange with two hosts for one row of one expert each, less nothing."""
+    import torch
+
+    from workers.experts.dispatch import RemoteExperts
+
+    layer = RemoteExperts(engine.experts, SHAPE["num_hidden_layers"] - 1, SHAPE["num_experts"])
+    x = torch.zeros(1, SHAPE["hidden_size"], dtype=torch.bfloat16)
+    ids, weights = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)
+    times = []
+    for _ in range(300):
+        begin = time.perf_counter()
+        layer(x, ids, weights)
+        times.append(time.perf_counter() - begin)
+    return 1e6 * statistics.median(times)
+
+
+def kill_and_switch(engine: Any, hosts: Hosts, placement: Any, plan: Any) -> None:
+    """The slowest step when a placement is switched, and when a host is killed, over the median."""
+    import msgspec
+
+    from workers.experts.placement import HostsView
+
+    _, calm, want = run_b16(engine, "calm")
+    median = statistics.median(calm[1:])
+    table = tuple(tuple(tuple((1 - h, s) for h, s in of) for of in row) for row in placement.table)
+    turned = msgspec.structs.replace(placement, version=2, table=table)
+    for i, address in enumerate(hosts.addresses):
+        hosts.tell(i, "hold", turned.held_by(address.name))  # while the next run computes
+    _, loading, same = run_b16(engine, "loading")
+    if same != want:
+        raise RuntimeError("the tokens differ while hosts load")
+    for i, address in enumerate(hosts.addresses):
+        hosts.hold(i, turned.held_by(address.name))
+    engine.experts.offer(HostsView(2, turned, tuple(hosts.addresses)))
+    _, switched, same = run_b16(engine, "switched")
+    if same != want or engine.experts.report().version != 2:
+        raise RuntimeError("the placement was not switched, or the tokens differ")
+    for i, address in enumerate(hosts.addresses):
+        hosts.tell(i, "keep", turned.held_by(address.name))
+    print(f"median step {1e3 * median:.1f} ms; slowest of the calm run {max(calm[1:]) / median:.2f} medians")
+    print(f"slowest while every expert is loaded anew beside {max(loading[1:]) / median:.2f} medians, with the switch "
+          f"{max(switched[1:]) / median:.2f}")  # fmt: skip
+    hosts.processes[0].kill()
+    _, killed, same = run_b16(engine, "killed")
+    if same != want:
+        raise RuntimeError("the tokens differ after a host was killed")
+    print(f"a killed host whose half of all experts had no copy costs {sum(killed) - sum(calm):.2f} s in all")
+
+
+# Many hosts, computed ------------------------------------------------------------------------------------------------
+
+
+def zipf(experts: int, exponent: float, seed: int) -> list[float]:
+    """Loads of experts in random order."""
+    loads = [1e6 / (rank + 1) ** exponent for rank in range(experts)]
+    random.Random(seed).shuffle(loads)
+    return loads
+
+
+def simulate_command(arguments: argparse.Namespace) -> None:
+    """Throughput is relative to hosts that are all busy all the time: a layer lasts as long as its slowest host."""
+    from router.experts import balance, make_placement, moves
+
+    print(
+        "| hosts | experts | room for each | Zipf | balance before | after | experts loaded | with one host lost | ms |"
+    )
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for hosts, experts, exponent in (
+        (8, 64, 1.0), (8, 256, 1.0), (16, 256, 1.0), (32, 256, 1.0), (64, 256, 1.0), (128, 256, 1.0), (256, 256, 1.0),
+        (8, 64, 0.5), (64, 256, 0.5), (8, 64, 1.5), (64, 256, 1.5),
+    ):  # fmt: skip
+        room = -(-experts // hosts) + 2
+        capacity = {f"h{i:03}": arguments.layers * room for i in range(hosts)}
+        layers = range(arguments.layers)
+        even = [[1.0] * experts for _ in layers]
+        loads = [zipf(experts, exponent, seed) for seed in layers]
+        first = make_placement(None, layers, even, capacity)
+        begin = time.perf_counter()
+        after = make_placement(first, layers, loads, capacity)
+        took = time.perf_counter() - begin
+        fits = (hosts - 1) * room >= experts
+        left = {n: c for n, c in capacity.items() if n != "h000"}
+        lost = f"{balance(make_placement(after, layers, loads, left), loads):.2f}" if fits else "no room"
+        row = (
+            f"{hosts}", f"{experts}", f"{room}", f"{exponent:g}", f"{balance(first, loads):.2f}",
+            f"{balance(after, loads):.2f}", f"{moves(first, after)} of {after.copies}", lost,
+            f"{1e3 * took / arguments.layers:.0f}",
+        )  # fmt: skip
+        print(f"| {' | '.join(row)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    engine = commands.add_parser("engine")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "understudy" / "bench"
+    engine.add_argument("--checkpoint", type=Path, default=cache / "olmoe-64x8-random")
+    engine.add_argument("--repeat", type=int, default=4)
+    engine.set_defaults(run=engine_command)
+    simulate = commands.add_parser("simulate")
+    simulate.add_argument("--layers", type=int, default=4)
+    simulate.set_defaults(run=simulate_command)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()
