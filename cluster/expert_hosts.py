@@ -97,7 +97,7 @@ class ExpertHosts:
         start_host: Callable[[str, int], HostPort],
         router: ExpertsRouter,
         node: str = "",
-        beat_s: float = 0.25,
+        beat_s: float = 0.5,
         silence_s: float = 5.0,
         dispatch_silence_s: float = 2.0,
         clock: Callable[[], float] = time.monotonic,

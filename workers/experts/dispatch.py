@@ -23,7 +23,8 @@ from understudy.errors import ConfigError, Unavailable
 from workers.experts.channel import ChannelError
 from workers.experts.links import Link, Links
 from workers.experts.placement import DispatchReport, ExpertsPlan, HostsView, Placement
-from workers.experts.split import NOBODY, Split
+from workers.experts.split import NOBODY
+from workers.experts.table import Table, arrange
 from workers.kernels.ops import Experts, Ops
 from workers.model.load import Loader
 from workers.model.spec import ModelSpec, MoeFfn
@@ -43,16 +44,6 @@ class _Part:
     sequence: int
 
 
-@dataclass(slots=True)
-class _Table:
-    """Where rows go while a set of hosts is there: the placement, changed only for experts whose homes are all lost."""
-
-    splits: list[Split]
-    present: frozenset[str]
-    moved: dict[tuple[int, int], str]  # (layer, expert) -> who has loaded it instead
-    homeless: int  # experts that nobody has
-
-
 class Dispatcher:
     """Used by the engine's thread; `offer` and `report` by any. `close` it at the end."""
 
@@ -65,7 +56,8 @@ class Dispatcher:
         check_placement(plan.view.placement, spec)
         self._links = Links(plan, ops.numerics_id, spec.hidden)
         self._view = plan.view
-        self._table: _Table | None = None
+        self._table: Table | None = None
+        self._prepared: tuple[int, Table] | None = None  # of a view to come
         self._turn = threading.Lock()  # to begin, to end or to adopt
         self._under_way: _Exchange | None = None
         self._in_step, self._touched = False, clock()
@@ -75,6 +67,9 @@ class Dispatcher:
 
     def offer(self, view: HostsView) -> None:
         """A newer placement or other hosts: connects to those that are new, and takes effect before the next step."""
+        table = arrange(view, frozenset(h.name for h in view.hosts), {})
+        with self._turn:
+            self._prepared = view.number, table
         self._links.offer(view)
         self._adopt_if_idle()
 
@@ -128,39 +123,27 @@ class Dispatcher:
         if (view := self._links.adopt()) is not None:
             self._view, self._table = view, None
 
-    def _current(self) -> _Table:
+    def _current(self) -> Table:
         present = self._links.present()
+        if self._table is None:
+            known, self._prepared = self._prepared, None
+            if known is not None and known[0] == self._view.number and known[1].present == present:
+                self._table = known[1]
         if self._table is None or self._table.present != present:
             self._table = self._arrange(present)
         return self._table
 
-    def _arrange(self, present: frozenset[str]) -> _Table:
-        """The homes that are left of each expert; those that have none go where there is most room."""
-        placement, before = self._view.placement, self._table.moved if self._table is not None else {}
-        room = {h.name: h.capacity - len(placement.held_by(h.name)) for h in self._view.hosts if h.name in present}
-        index = {name: i for i, name in enumerate(placement.hosts) if name in room}
-        moved: dict[tuple[int, int], str] = {}
-        splits, homeless = [], 0
-        for layer, row in zip(placement.layers, placement.table, strict=True):
-            homes = []
-            for expert, of in enumerate(row):
-                left = tuple(home for home in of if placement.hosts[home[0]] in present)
-                # Ties by name: the same hosts and losses give the same homes. What was moved before stays.
-                host = before.get((layer, expert), "")
-                if not left and (host := host if host in index else _roomiest(room, index)):
-                    room[host] -= 1
-                    moved[layer, expert] = host
-                    left = ((index[host], 1.0),)
-                homes.append(left)
-                homeless += not left
-            splits.append(Split(homes))
-        for host in dict.fromkeys(moved.values()):
-            places = [place for place, at in moved.items() if at == host and before.get(place) != host]
+    def _arrange(self, present: frozenset[str]) -> Table:
+        """Has experts loaded elsewhere whose hosts are lost."""
+        before = self._table.moved if self._table is not None else {}
+        table = arrange(self._view, present, before)
+        for host in dict.fromkeys(table.moved.values()):
+            places = [place for place, at in table.moved.items() if at == host and before.get(place) != host]
             if places:
                 log.warning("%d experts whose hosts are lost are loaded by %s", len(places), host)
                 self._moved += len(places)
                 self._links.ask_to_load(host, places)
-        return _Table(splits, present, moved, homeless)
+        return table
 
     def _next_sequence(self) -> int:
         self._sequence += 1
@@ -267,11 +250,6 @@ class _Exchange:
         d._links.wait(min(0.05, self._deadline - now))
         with d._turn:
             d._adopt()
-
-
-def _roomiest(room: dict[str, int], index: dict[str, int]) -> str:
-    """The host of the placement with most room; "" where none has any."""
-    return max((name for name in index if room[name] > 0), key=lambda name: (room[name], name), default="")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+
 from workers.engine.contract import EngineConfig
 from workers.engine.runner import Runner
 from workers.experts.host import ExpertHost
@@ -43,9 +45,16 @@ def spread(path: Path, names: Sequence[str], version: int = 1, copies: int = 1, 
 
 
 def plan_of(
-    placement: Placement, hosts: Sequence[ExpertHost], number: int = 1, silence_s: float = 5.0, wait_s: float = 20.0
+    placement: Placement,
+    hosts: Sequence[ExpertHost],
+    number: int = 1,
+    silence_s: float = 5.0,
+    wait_s: float = 20.0,
+    tcp: bool = False,
 ) -> ExpertsPlan:
-    return ExpertsPlan(HostsView(number, placement, tuple(h.address for h in hosts)), SECRET, silence_s, wait_s)
+    """`tcp`: as if they were on other nodes."""
+    addresses = tuple(msgspec.structs.replace(h.address, local="") if tcp else h.address for h in hosts)
+    return ExpertsPlan(HostsView(number, placement, addresses), SECRET, silence_s, wait_s)
 
 
 @contextmanager

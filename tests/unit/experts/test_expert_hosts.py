@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from expert_stage import SECRET, hosts_of, open_host, plan_of, runner_over, spread
+from tiny_mixture import write_mixture
 
 from understudy.errors import ConfigError, Unavailable
 from workers.engine.contract import EngineConfig
@@ -159,7 +160,7 @@ class Process:
         )
         report, _, said = self._ask(plan, tuple[HostReport | None, str, str])
         assert report is not None, said
-        self.address = report.address
+        self.address, self.report_bytes = report.address, report.expert_bytes
 
     def _ask(self, order: object, kind: object) -> object:
         assert self.process.stdin is not None
@@ -217,6 +218,31 @@ def test_a_killed_process_is_lost(mixture: Path, want: torch.Tensor, processes: 
     processes[0].process.kill()
     assert torch.equal(step(runner), want)
     runner.close()
+
+
+def test_a_host_maps_no_more_than_it_holds(tmp_path: Path) -> None:
+    """Of a file of 25 MB, the sixth that it holds, and what the kernel reads around that."""
+    path = write_mixture(tmp_path, hidden=256, size=320)
+    process = Process(HostPlan(str(path), "h0", 1, SECRET, kernels="plain", threads=1, capacity=24))
+    try:
+        before, whole = mapped(process, path)
+        assert process._ask(["hold", [[1, expert] for expert in (0, 1, 6, 7)]], HostReport) is not None
+        until(lambda: process.report().held == 4)
+        after, _ = mapped(process, path)
+    finally:
+        process.end()
+    experts = 4 * process.report_bytes
+    assert whole > 23e6
+    assert before < 1e6
+    assert experts <= after - before < experts + 1.5e6
+
+
+def mapped(process: Process, path: Path) -> tuple[int, int]:
+    """Bytes of the checkpoint that a process has in its memory, and bytes of it in all."""
+    text = Path(f"/proc/{process.process.pid}/smaps").read_text()
+    parts = [p for p in text.split("VmFlags")[:-1] if str(path) in p]
+    size = (path / "model.safetensors").stat().st_size
+    return sum(1024 * int(line.split()[1]) for p in parts for line in p.splitlines() if line.startswith("Rss:")), size
 
 
 # One host ------------------------------------------------------------------------------------------------------------

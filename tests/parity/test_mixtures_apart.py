@@ -18,7 +18,7 @@ from expert_stage import hosts_of, plan_of, runner_over, spread
 Written = Callable[[str], tuple[transformers.PreTrainedModel, Path]]
 
 
-def same_bits(path: Path, hosts: int, kernels: str, dtype: str, copies: int = 1) -> None:
+def same_bits(path: Path, hosts: int, kernels: str, dtype: str, copies: int = 1, tcp: bool = False) -> None:
     prompts = [random_prompt(n, 160, seed=n) for n in (1, 37, 18)]
     home = open_runner(path, kernels, dtype=dtype)
     want = greedy(home, prompts, 8, sizes=[5, 33, 1])
@@ -27,7 +27,7 @@ def same_bits(path: Path, hosts: int, kernels: str, dtype: str, copies: int = 1)
         placement = spread(path, names, copies=copies)
         for host in there:
             host.hold(placement.held_by(host.address.name))
-        runner = runner_over(path, plan_of(placement, there), kernels=kernels, dtype=dtype)
+        runner = runner_over(path, plan_of(placement, there, tcp=tcp), kernels=kernels, dtype=dtype)
         try:
             got = greedy(runner, prompts, 8, sizes=[5, 33, 1])
             assert runner.experts is not None
@@ -53,6 +53,10 @@ def test_plain_torch(written: Written, name: str) -> None:
 
 def test_hot_experts_at_several_hosts(written: Written) -> None:
     same_bits(written("olmoe-64-experts")[1], 3, "native", "float16", copies=2)
+
+
+def test_over_tcp(written: Written) -> None:
+    same_bits(written("deepseek-v3")[1], 2, "native", "bfloat16", tcp=True)
 
 
 def test_quantized(tmp_path: Path) -> None:
