@@ -179,7 +179,7 @@ async def test_a_lost_host_is_replaced_and_gets_its_experts_back(stage: Stage, w
     first.host.stop()
     assert torch.equal(await stage.step(), want)
     assert stage.ports["h1", 1].host.report().asked == 24, "the other one stands in"
-    await stage.until(lambda: ("h0", 2) in stage.ports and stage.settled(1, 2))
+    await stage.until(lambda: stage.view.hosts[0].life == 2 and stage.settled(1, 2))
     assert torch.equal(await stage.step(), want)
     assert stage.ports["h0", 2].host.report().rows != ((0,) * 8,) * 3
     assert stage.ports["h1", 1].host.report().held == 12, "what it stood in for is given back"

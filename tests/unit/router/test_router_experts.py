@@ -204,6 +204,7 @@ def test_an_older_life_is_not_heard_and_silent_ones_are_forgotten(stage: Stage) 
         stage.report(epoch=1)
     stage.now += 60
     assert stage.router.views() == []
+    stage.report(epoch=2)
     stage.router.scale("m", 6)
     stage.report(epoch=2)
     assert stage.router.views()[0].wanted == 6
