@@ -107,7 +107,7 @@ class _Layer:
             self._homes[expert] = [host]
             self._used[host] += 1
             self._share(expert)
-        self._even_out(len(self._loads))
+        self._even_out(32)
         best, kept, since = self._balance(), self._copy_of_all(), 0
         while best < enough and since < _PATIENCE and self._improve():
             since += 1
@@ -252,7 +252,7 @@ class _Layer:
         several = self._by_load(e for e, of in enumerate(self._homes) if len(of) > 1)
         for expert in (e for e, of in enumerate(self._homes) if of and not self._shares[e]):
             self._share(expert)
-        for _ in range(min(rounds, 32) if several else 0):
+        for _ in range(rounds if several else 0):
             for expert in several:
                 self._share(expert)
 

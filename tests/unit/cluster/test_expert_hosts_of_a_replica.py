@@ -39,8 +39,8 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Port:
     """A host in this process as `ExpertHosts` sees one in another."""
 
-    def __init__(self, host: ExpertHost) -> None:
-        self.host = host
+    def __init__(self, host: ExpertHost, may_start: asyncio.Event) -> None:
+        self.host, self._may_start = host, may_start
         self.dead = self.stuck = False
 
     async def _alive(self) -> None:
@@ -50,6 +50,7 @@ class Port:
             raise ConnectionError("the process is dead")
 
     async def start(self) -> HostReport:
+        await self._may_start.wait()
         await self._alive()
         return self.host.report()
 
@@ -85,10 +86,12 @@ class Stage:
             router=self, beat_s=0.02, silence_s=0.1, clock=lambda: self.now,
         )  # fmt: skip
         self.runner: Runner | None = None
+        self.may_start = asyncio.Event()
+        self.may_start.set()
 
     def start_host(self, name: str, life: int) -> Port:
         host = open_host(self.path, name, kernels="plain", life=life, capacity=self.capacity)
-        port = self.ports[name, life] = Port(host)
+        port = self.ports[name, life] = Port(host, self.may_start)
         failure = self.failures.get((name, life))
         if failure is not None:
 
@@ -175,10 +178,12 @@ async def test_a_lost_host_is_replaced_and_gets_its_experts_back(stage: Stage, w
     await stage.start()
     await stage.until(lambda: stage.settled(1, 2))
     first = stage.ports["h0", 1]
+    stage.may_start.clear()
     setattr(first, how, True)
     first.host.stop()
     assert torch.equal(await stage.step(), want)
     assert stage.ports["h1", 1].host.report().asked == 24, "the other one stands in"
+    stage.may_start.set()
     await stage.until(lambda: stage.view.hosts[0].life == 2 and stage.settled(1, 2))
     assert torch.equal(await stage.step(), want)
     assert stage.ports["h0", 2].host.report().rows != ((0,) * 8,) * 3
