@@ -278,7 +278,7 @@ class ExpertHosts:
             # One that is being replaced keeps its part: it comes back sooner than others could load it.
             capacity = self._capacity(host.name) if not host.leaving else 0
             return HostState(host.name, host.life, "starting" if host.failures == 0 else "lost", capacity=capacity)
-        loading = report.held < report.asked
+        loading = not self._loaded([host.name])
         return HostState(
             host.name,
             host.life,
