@@ -51,6 +51,41 @@ def test_flags_win_over_environment_over_file(model: Path, write: Any) -> None:
     assert (config.port, config.gateways, config.drain_seconds, config.heartbeat_timeout) == (3003, 4, 5, 3)
 
 
+MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"], "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24,
+    "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "num_local_experts": 3, "num_experts_per_tok": 1, "torch_dtype": "float32",
+}  # fmt: skip
+
+
+def test_ranks_that_can_share_a_model(model: Path) -> None:
+    (model / "config.json").write_text(json.dumps(MIXTRAL))
+
+    def served(**flags: object) -> Any:
+        return load({"model": [str(model)]} | flags).models[0]
+
+    assert served(tensor_parallel="4").tensor_parallel == 4
+    assert served(tensor_parallel="2", expert_parallel=True).expert_parallel
+    assert served(tensor_parallel_invariant=True).tensor_parallel_invariant
+    (plan,) = make_plan_of(load({"model": [str(model)], "tensor_parallel": "2"}), cpus=4)
+    assert (plan.engine.tensor_parallel, plan.engine.threads) == (2, 2)
+    for flags, words in (
+        ({"tensor_parallel": "3"}, r"--tensor-parallel: 3 ranks .* 4 query heads .* work: 1, 2, 4"),
+        ({"tensor_parallel": "4", "expert_parallel": True}, r"3 experts, fewer than ranks; .* work: 1, 2"),
+        ({"tensor_parallel": "17"}, r"--tensor-parallel = '17': input should be less than or equal to 16"),
+        ({"expert_parallel": True}, r"--expert-parallel: .* add --tensor-parallel N"),
+        ({"tensor_parallel": "2", "expert_parallel": True, "expert_hosts": "2"}, r"keep one of the two"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            served(**flags)
+
+
+def make_plan_of(config: Any, cpus: int) -> Any:
+    (path,) = [m.path for m in config.models]
+    (path / "tokenizer.json").write_text("{}")
+    return make_plan(config, cpus).replicas
+
+
 def test_each_model_has_its_section(model: Path, write: Any) -> None:
     tree = {
         "replicas": 2,
