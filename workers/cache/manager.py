@@ -14,22 +14,26 @@ computed. Ask (`can_allocate`), then commit (`allocate`).
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from workers.cache.blocks import BlockPool
 from workers.cache.keys import extend_keys
-from workers.cache.prefix_tree import ABSENT, PrefixTree
+from workers.cache.orders import Fetch, Save
+from workers.cache.prefix_tree import ABSENT, PrefixTree, reach
 
 
 @dataclass(slots=True)
 class BlockTable:
-    """What one sequence holds. `groups[g][b]` is a block id, or -1 where the window has passed."""
+    """What one sequence holds. `groups[g][b]` is a block id, or -1 where the window has passed, or in the `gaps` of a
+    windowed group: entries before those that a load brings, which are only taken if rows are computed there."""
 
     groups: tuple[array[int], ...]
     keys: list[bytes] = field(default_factory=list)
     registered: int = 0  # leading full blocks that `register` has dealt with
     behind: list[int] = field(default_factory=list)  # per group: leading entries that are -1
+    gaps: list[range] = field(default_factory=list)  # per group: further entries that are -1
+    loaded: set[int] = field(default_factory=set)  # entries whose content came from a tier behind this cache
 
 
 class CacheManager:
@@ -51,6 +55,7 @@ class CacheManager:
         # A row sees `window` positions, itself among them: those before it reach into at most this many blocks.
         self._needed = [None if w is None else -(-(w - 1) // block_tokens) for w in windows]
         self._tables = 0
+        self.fresh: list[Save] | None = None  # where not None: what `register` has published since it was emptied
 
     # Counting.
 
@@ -82,7 +87,7 @@ class CacheManager:
     def open(self) -> BlockTable:
         """An empty table; `free` it when the sequence leaves."""
         self._tables += 1
-        return BlockTable(self._no_entries(), behind=[0] * len(self._pools))
+        return BlockTable(self._no_entries(), behind=[0] * len(self._pools), gaps=self._no_gaps())
 
     def match(self, table: BlockTable, root: bytes, tokens: Sequence[int]) -> int:
         """Takes over the cached prefix of `tokens` into an empty table; how many positions it spares.
@@ -125,11 +130,12 @@ class CacheManager:
 
     def missing(self, table: BlockTable, positions: int, group: int) -> int:
         """Blocks that the table lacks in a group to cover [0, positions)."""
-        return max(0, -(-positions // self.block_tokens) - len(table.groups[group]))
+        blocks, gap = -(-positions // self.block_tokens), table.gaps[group]
+        return max(0, blocks - len(table.groups[group])) + max(0, min(blocks, gap.stop) - gap.start)
 
     def held(self, table: BlockTable, group: int) -> int:
         """Blocks that the table holds in a group."""
-        return len(table.groups[group]) - table.behind[group]
+        return len(table.groups[group]) - table.behind[group] - len(table.gaps[group])
 
     def can_allocate(self, table: BlockTable, positions: int) -> bool:
         """Whether `allocate` would succeed now."""
@@ -137,12 +143,16 @@ class CacheManager:
 
     def allocate(self, table: BlockTable, positions: int) -> None:
         """Makes every group's table cover [0, positions). Ask `can_allocate` first."""
-        for group, pool in enumerate(self._pools):
-            for _ in range(self.missing(table, positions, group)):
-                block, evicted = pool.take()
-                if evicted:
-                    self._tree.forget(block, group)
-                table.groups[group].append(block)
+        blocks = -(-positions // self.block_tokens)
+        for group, entries in enumerate(table.groups):
+            gap = table.gaps[group]
+            if gap:
+                end = max(gap.start, min(blocks, gap.stop))
+                for i in range(gap.start, end):
+                    entries[i] = self._take(group)
+                table.gaps[group] = range(end, gap.stop)
+            for _ in range(len(entries), blocks):
+                entries.append(self._take(group))
 
     def register(self, table: BlockTable, root: bytes, tokens: Sequence[int], computed: int) -> None:
         """Publishes the full blocks of [0, computed) of `tokens`.
@@ -157,20 +167,26 @@ class CacheManager:
             return
         extend_keys(table.keys, root, tokens, self.block_tokens)
         for i in range(table.registered, full):
-            parent = table.keys[i - 1] if i else root
+            parent, new = table.keys[i - 1] if i else root, [ABSENT] * len(self._pools)
             for group, entries in enumerate(table.groups):
-                if entries[i] != ABSENT:
-                    entries[i] = self._publish(table.keys[i], parent, group, entries[i])
+                if entries[i] != ABSENT and self._publish(table.keys[i], parent, group, entries, i):
+                    new[group] = entries[i]
+            if self.fresh is not None and i not in table.loaded and any(block != ABSENT for block in new):
+                self.fresh.append(Save(table.keys[i], tuple(new)))
         table.registered = full
 
     def trim(self, table: BlockTable, computed: int) -> None:
         """Gives back the blocks that lie wholly behind the window of every row from position `computed` on."""
         for group, entries in enumerate(table.groups):
             first = self._first_needed(computed, group)
-            for i in range(table.behind[group], min(first, len(entries))):
-                self._release(entries[i], group)
-                entries[i] = ABSENT
-            table.behind[group] = max(table.behind[group], min(first, len(entries)))
+            end, gap = min(first, len(entries)), table.gaps[group]
+            for i in range(table.behind[group], end):
+                if i not in gap:
+                    self._release(entries[i], group)
+                    entries[i] = ABSENT
+            if gap:
+                table.gaps[group] = range(max(gap.start, min(end, gap.stop)), gap.stop)
+            table.behind[group] = max(table.behind[group], end)
 
     def free(self, table: BlockTable) -> None:
         """Releases everything, from the end, so that leaves are evicted before their ancestors. The table is empty
@@ -180,6 +196,8 @@ class CacheManager:
                 if block != ABSENT:
                     self._release(block, group)
             table.behind[group] = 0
+        table.gaps = self._no_gaps()
+        table.loaded.clear()
         table.groups = self._no_entries()  # new arrays: a step that failed may still have the old ones in view
         table.registered = 0
 
@@ -187,6 +205,59 @@ class CacheManager:
         """The end of a table's life: `free`, and counted as gone."""
         self.free(table)
         self._tables -= 1
+
+    # Loads from the tiers behind the cache.
+
+    def loadable(self, table: BlockTable, first: int, present: Callable[[int, int], bool], last: int) -> int:
+        """How many leading blocks of a sequence could be there: the first `first` are in the table, of the others
+        those that the tree has, and those for which `present(index, group)`; at most `last`.
+
+        `first` where nothing can be gained.
+        """
+        keys = table.keys
+
+        def there(i: int, group: int) -> bool:
+            if i < first:
+                return table.groups[group][i] != ABSENT
+            return self._tree.find(keys[i], group) != ABSENT or present(i, group)
+
+        return max(first, reach(last, self._needed, there))
+
+    def reserve(self, table: BlockTable, end: int) -> list[Fetch] | None:
+        """Makes the table cover the first `end` blocks, as far as the row after them reads them; what has to be
+        fetched into it, in order. None, and nothing is taken, where there are not enough blocks.
+
+        Entries of full blocks that the tree has are shared; those are as good as loaded.
+        """
+        begin = len(table.groups[0])
+        firsts = [max(begin, min(self._first_needed(end * self.block_tokens, g), end)) for g in range(len(self._pools))]
+        known = [[self._tree.find(table.keys[i], g) for i in range(f, end)] for g, f in enumerate(firsts)]
+        for pool, blocks in zip(self._pools, known, strict=True):
+            kept = sum(1 for b in blocks if b != ABSENT and pool.is_kept(b))
+            if blocks.count(ABSENT) > pool.available - kept:
+                return None
+        wanted: dict[int, list[int]] = {i: [ABSENT] * len(self._pools) for i in range(min(firsts), end)}
+        for group, (entries, first, blocks) in enumerate(zip(table.groups, firsts, known, strict=True)):
+            for block in blocks:  # before any is taken: taking evicts kept ones
+                if block != ABSENT:
+                    self._pools[group].hold(block)
+            if first > begin:
+                table.gaps[group] = range(begin, first)
+                entries.extend([ABSENT] * (first - begin))
+            for i, block in enumerate(blocks, first):
+                if block == ABSENT:
+                    wanted[i][group] = self._take(group)
+                entries.append(block if block != ABSENT else wanted[i][group])
+        return [Fetch(i, table.keys[i], tuple(blocks)) for i, blocks in sorted(wanted.items())]
+
+    def leap(self, table: BlockTable, first: int, end: int, ready: Callable[[int], bool]) -> int:
+        """How many leading blocks are there, where the first `first` are computed and those with `ready(index)` were
+        loaded; `first` where that is all."""
+
+        def there(i: int, group: int) -> bool:
+            return table.groups[group][i] != ABSENT and (i < first or ready(i))
+
+        return max(first, reach(end, self._needed, there))
 
     # Integrity.
 
@@ -227,15 +298,26 @@ class CacheManager:
         window = self.windows[group]
         return 0 if window is None else max(0, computed - window + 1) // self.block_tokens
 
-    def _publish(self, key: bytes, parent: bytes, group: int, block: int) -> int:
-        known = self._tree.find(key, group)
+    def _publish(self, key: bytes, parent: bytes, group: int, entries: array[int], i: int) -> bool:
+        """Publishes a block, or exchanges the entry for one that the tree has; whether it was published."""
+        block, known = entries[i], self._tree.find(key, group)
         if known == ABSENT:
             self._tree.insert(key, parent, group, block)
-            return block
+            return True
         if known != block:
             self._pools[group].hold(known)
             self._release(block, group)
-        return known
+            entries[i] = known
+        return False
+
+    def _take(self, group: int) -> int:
+        block, evicted = self._pools[group].take()
+        if evicted:
+            self._tree.forget(block, group)
+        return block
+
+    def _no_gaps(self) -> list[range]:
+        return [range(0)] * len(self._pools)
 
     def _release(self, block: int, group: int) -> None:
         self._pools[group].release(block, keep=self._tree.knows(block, group))

@@ -11,7 +11,7 @@ left. (A windowed group needs no ancestors at all.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 ABSENT = -1
@@ -66,21 +66,26 @@ class PrefixTree:
         `needed[g]` is how many blocks before its next row group g reads at most; None: all of them. The answer m is
         the largest for which every group has its last min(m, needed) blocks of keys[:m].
         """
-        runs = [0] * self._groups  # blocks present in a row, up to here
-        best = 0
-        for i, key in enumerate(keys):
-            node = self._nodes.get(key)
-            enough = True
-            for group, need in enumerate(needed):
-                present = node is not None and node.blocks[group] != ABSENT
-                runs[group] = runs[group] + 1 if present else 0
-                if need is None and not present:
-                    return best  # no longer prefix can be whole
-                enough = enough and runs[group] >= (i + 1 if need is None else min(i + 1, need))
-            if enough:
-                best = i + 1
-        return best
+        return reach(len(keys), needed, lambda i, group: self.find(keys[i], group) != ABSENT)
 
     def blocks(self, group: int) -> dict[int, bytes]:
         """All known blocks of a group and their keys (a view: do not change it)."""
         return self._key_of[group]
+
+
+def reach(count: int, needed: Sequence[int | None], present: Callable[[int, int], bool]) -> int:
+    """The largest m <= count for which every group g has its last min(m, needed[g]) of the first m blocks; None: all
+    of them. `present(i, g)` says whether group g has block i."""
+    runs = [0] * len(needed)  # blocks present in a row, up to here
+    best = 0
+    for i in range(count):
+        enough = True
+        for group, need in enumerate(needed):
+            there = present(i, group)
+            runs[group] = runs[group] + 1 if there else 0
+            if need is None and not there:
+                return best  # no longer prefix can be whole
+            enough = enough and runs[group] >= (i + 1 if need is None else min(i + 1, need))
+        if enough:
+            best = i + 1
+    return best

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 
+from workers.cache.orders import Load, Save
 from workers.engine.contract import Probe, TokenTrace
 
 
@@ -37,10 +38,19 @@ class Chunk:
 
 @dataclass(slots=True)
 class StepPlan:
-    """Chunks in order; the rows of a step are their concatenation, T in all."""
+    """Chunks in order; the rows of a step are their concatenation, T in all.
+
+    Before it computes anything, each rank does what the plan says about the prefix store, in the order of these
+    fields: `floors` (number of a load, index) gives up what that load has not yet brought of the blocks before the
+    index, so that nobody but the step writes to them from now on; `saves` are copied out of the cache; `loads` begin,
+    beside this and later steps. A block that is being fetched is in no chunk of the plan.
+    """
 
     step: int
     chunks: list[Chunk] = field(default_factory=list)
+    floors: list[tuple[int, int]] = field(default_factory=list)
+    saves: list[Save] = field(default_factory=list)
+    loads: list[Load] = field(default_factory=list)
 
     @property
     def rows(self) -> int:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.model.spec import Route
+
+if TYPE_CHECKING:
+    from workers.kernels.ops import KvCache
 
 ACTS = ("silu", "gelu", "gelu_tanh", "relu")
 GATED = (*ACTS, "clamped")
@@ -51,4 +58,27 @@ def check_latent(kv_heads: int, head_dim: int, latent: int | None) -> None:
         raise ValueError(
             f"a latent cache has 1 KV head and a latent of 1 .. head_dim components, not {kv_heads} heads and "
             f"{latent} of {head_dim}"
+        )
+
+
+def check_values(
+    blocks: NDArray[np.int64], memory: NDArray[np.uint8], offsets: NDArray[np.int64], cache: KvCache
+) -> None:
+    """Raises ValueError where values would be copied to or from places that are not theirs."""
+    for name, x, dtype, shape in (
+        ("blocks", blocks, np.int64, (len(blocks),)),
+        ("offsets", offsets, np.int64, (len(blocks), cache.kv_heads)),
+        ("memory", memory, np.uint8, (memory.size,)),
+    ):
+        if x.dtype != dtype or x.shape != shape or not x.flags.c_contiguous:
+            raise ValueError(f"{name} is {x.dtype} {x.shape}; a contiguous {np.dtype(dtype)} {shape} is wanted")
+    if not len(blocks):
+        return
+    if blocks.min() < 0 or blocks.max() >= cache.blocks:
+        raise ValueError(f"blocks {blocks.min()} .. {blocks.max()} of a cache of {cache.blocks}")
+    last = memory.size - cache.value_bytes
+    if offsets.min() < 0 or offsets.max() > last or (offsets % 16).any() or memory.ctypes.data % 16:
+        raise ValueError(
+            f"offsets {offsets.min()} .. {offsets.max()}: values of {cache.value_bytes} bytes begin at multiples of "
+            f"16 in 0 .. {last}"
         )

@@ -6,10 +6,12 @@ import ctypes
 import mmap
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from workers.kernels.checks import check_latent
+from workers.kernels.checks import check_latent, check_values
 from workers.kernels.ops import BLOCK, Batch
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -25,6 +27,10 @@ _SIGNATURES: dict[str, tuple[list[object], object]] = {
     ),
     "attention_write_latent": ([_pointer] * 11 + [_long] * 5 + [_int], None),
     "attention_copy_block": ([_pointer] * 3 + [_long] * 2 + [_int] * 2, None),
+    "attention_move_blocks": (
+        [_pointer, _long, _pointer, _pointer, _pointer] + [_long] * 4 + [_int] * 4,
+        None,
+    ),
 }
 
 
@@ -89,6 +95,29 @@ class KvCache:
             if x.shape != shape or x.dtype != self.dtype:
                 raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)}; a block takes {self.dtype} {shape}")
         self._copy(layer, block, k.contiguous(), v.contiguous(), store=1)
+
+    @property
+    def value_bytes(self) -> int:
+        """See `workers.kernels.ops.KvCache`."""
+        return self.layers * (2 if self.latent is None else 1) * BLOCK * self.head_dim * self.dtype.itemsize
+
+    def export_blocks(self, blocks: NDArray[np.int64], memory: NDArray[np.uint8], offsets: NDArray[np.int64]) -> None:
+        """See `workers.kernels.ops.KvCache`. The pool's threads take part."""
+        self._move(blocks, memory, offsets, store=0, shared=1)
+
+    def import_blocks(self, blocks: NDArray[np.int64], memory: NDArray[np.uint8], offsets: NDArray[np.int64]) -> None:
+        """See `workers.kernels.ops.KvCache`. On the calling thread alone: steps go on beside it."""
+        self._move(blocks, memory, offsets, store=1, shared=0)
+
+    def _move(
+        self, blocks: NDArray[np.int64], memory: NDArray[np.uint8], offsets: NDArray[np.int64], store: int, shared: int
+    ) -> None:
+        check_values(blocks, memory, offsets, self)
+        if len(blocks):
+            self._lib.attention_move_blocks(
+                self._base, self.layer_bytes, blocks.ctypes.data, memory.ctypes.data, offsets.ctypes.data, len(blocks),
+                self.layers, self.kv_heads, self.head_dim, self.latent is not None, DTYPES[self.dtype], store, shared,
+            )  # fmt: skip
 
     def _copy(self, layer: int, block: int, k: Tensor, v: Tensor, store: int) -> None:
         if not (0 <= layer < self.layers and 0 <= block < self.blocks):

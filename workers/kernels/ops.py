@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.model.spec import Route
@@ -66,10 +68,27 @@ class KvCache(Protocol):
     bytes: int
 
     def read_block(self, layer: int, block: int) -> tuple[Tensor, Tensor]:
-        """K and V of one block in the canonical order [Hkv, P, D]. For tests, and for the store later.
+        """K and V of one block in the canonical order [Hkv, P, D]. For tests.
 
         Of a latent cache: K [1, P, D], and V its first `latent` components [1, P, latent].
         """
+
+    # A value, as the prefix store keeps it: what one block holds of one KV head in all layers of this cache, in the
+    # order [layers, (K, V), P, D], of latents [layers, P, D], in the cache's dtype and the machine's order of bytes.
+
+    @property
+    def kv_heads(self) -> int: ...
+
+    @property
+    def value_bytes(self) -> int: ...
+
+    def export_blocks(self, blocks: NDArray[np.int64], memory: NDArray[np.uint8], offsets: NDArray[np.int64]) -> None:
+        """Copies values out: that of head g of blocks[i] goes to memory[offsets[i, g]:]; offsets [len(blocks), Hkv],
+        each a multiple of 16 (the memory begins at one too). Called between steps."""
+
+    def import_blocks(self, blocks: NDArray[np.int64], memory: NDArray[np.uint8], offsets: NDArray[np.int64]) -> None:
+        """The inverse: afterwards attention over these blocks has the bits that it had where they were exported. May
+        run on another thread, beside a step that does not touch these blocks."""
 
 
 class Ops(Protocol):

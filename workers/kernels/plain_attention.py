@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from workers.kernels.checks import check_latent
+from workers.kernels.checks import check_latent, check_values
 from workers.kernels.ops import BLOCK, Batch
 
 
@@ -28,6 +30,35 @@ class PlainCache:
         """K and V, each [Hkv, P, D]."""
         k, v = self.layer(layer)
         return k[block], v[block]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.data.shape[3]
+
+    @property
+    def value_bytes(self) -> int:
+        """See `workers.kernels.ops.KvCache`."""
+        return self.bytes // (self.blocks * self.kv_heads)
+
+    def export_blocks(self, blocks: NDArray[np.int64], memory: NDArray[np.uint8], offsets: NDArray[np.int64]) -> None:
+        """See `workers.kernels.ops.KvCache`. One copy from the device for all blocks."""
+        check_values(blocks, memory, offsets, self)
+        values = self.data[:, :, torch.from_numpy(blocks).to(self.data.device)].permute(2, 3, 0, 1, 4, 5)
+        flat = values.contiguous().cpu().view(torch.uint8).view(offsets.size, -1).numpy()
+        for value, offset in zip(flat, offsets.flat, strict=True):
+            memory[offset : offset + len(value)] = value
+
+    def import_blocks(self, blocks: NDArray[np.int64], memory: NDArray[np.uint8], offsets: NDArray[np.int64]) -> None:
+        """See `workers.kernels.ops.KvCache`. One copy to the device for all blocks."""
+        check_values(blocks, memory, offsets, self)
+        size = self.value_bytes
+        flat = np.stack([memory[o : o + size] for o in offsets.flat]) if len(blocks) else memory[:0]
+        layers, parts, _, heads, positions, dim = self.data.shape
+        values = torch.from_numpy(flat).view(self.data.dtype).view(len(blocks), heads, layers, parts, positions, dim)
+        at = torch.from_numpy(blocks).to(self.data.device)
+        self.data[:, :, at] = values.to(self.data.device).permute(2, 3, 0, 1, 4, 5)
+        if self.data.is_cuda:
+            torch.cuda.current_stream(self.data.device).synchronize()  # steps run on another thread's stream
 
 
 def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, batch: Batch) -> Tensor:

@@ -1,5 +1,6 @@
 // Writes keys and values into pages: rotated from a step's rows, or a whole block at once; and reads blocks back.
 #include <cmath>
+#include <cstring>
 
 #include "attention.h"
 #include "attention_lanes.h"
@@ -141,6 +142,89 @@ template <class T> void copy_block(uint8_t *block, T *k, T *v, long kv_heads, lo
   }
 }
 
+// Whole pages, moved fast, to or from a value: K [16][D], then V [16][D] of one head and layer.
+//
+// K of float32 and bf16 is a transposition of words of 32 bits ([16][W] <-> [W][16]), eight by eight in registers.
+typedef uint32_t Words __attribute__((vector_size(32)));
+
+inline Words load_words(const uint8_t *p) {
+  Words x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+inline void transpose(Words (&r)[8]) {
+  Words t[8], u[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    t[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) {
+      u[i + 2 * j] = __builtin_shufflevector(t[i + j], t[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      u[i + 2 * j + 1] = __builtin_shufflevector(t[i + j], t[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int j = 0; j < 4; j++) {
+    r[j] = __builtin_shufflevector(u[j], u[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    r[j + 4] = __builtin_shufflevector(u[j], u[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+// to[c][r] = from[r][c] of `rows` by `columns` words; both lie without gaps.
+void transpose_words(const uint8_t *from, uint8_t *to, long rows, long columns) {
+  for (long c = 0; c < columns; c += 8)
+    for (long r = 0; r < rows; r += 8) {
+      const long height = rows - r < 8 ? rows - r : 8, width = columns - c < 8 ? columns - c : 8;
+      if (height == 8 && width == 8) {
+        Words x[8];
+        for (long i = 0; i < 8; i++) x[i] = load_words(from + ((r + i) * columns + c) * 4);
+        transpose(x);
+        for (long i = 0; i < 8; i++) std::memcpy(to + ((c + i) * rows + r) * 4, &x[i], sizeof x[i]);
+      } else {
+        for (long i = 0; i < height; i++)
+          for (long j = 0; j < width; j++) std::memcpy(to + ((c + j) * rows + r + i) * 4, from + ((r + i) * columns + c + j) * 4, 4);
+      }
+    }
+}
+
+// V of bf16: pairs of rows [2][D] <-> [D][2].
+void interleave(const uint16_t *__restrict a, const uint16_t *__restrict b, uint16_t *__restrict pairs, long D) {
+  for (long d = 0; d < D; d++) {
+    pairs[2 * d] = a[d];
+    pairs[2 * d + 1] = b[d];
+  }
+}
+
+void separate(const uint16_t *__restrict pairs, uint16_t *__restrict a, uint16_t *__restrict b, long D) {
+  for (long d = 0; d < D; d++) {
+    a[d] = pairs[2 * d];
+    b[d] = pairs[2 * d + 1];
+  }
+}
+
+void move_page(uint8_t *page, uint8_t *value, long D, bool latent, int dtype, bool store) {
+  const long size = element(dtype), bytes = k_bytes(D, dtype), Dv = round_up(D, 16);
+  if (dtype == kFloat16) {
+    auto *inside = reinterpret_cast<uint16_t *>(page), *k = reinterpret_cast<uint16_t *>(value);
+    copy_page(inside, k, latent ? nullptr : k + kBlock * D, D, 1, store);
+    return;
+  }
+  const long words = D * size / 4;
+  store ? transpose_words(value, page, kBlock, words) : transpose_words(page, value, words, kBlock);
+  if (latent) return;
+  uint8_t *inside = page + bytes, *outside = value + bytes;
+  if (dtype == kBFloat16) {
+    auto *pairs = reinterpret_cast<uint16_t *>(inside), *rows = reinterpret_cast<uint16_t *>(outside);
+    for (long p = 0; p < kBlock; p += 2)
+      store ? interleave(rows + p * D, rows + (p + 1) * D, pairs + p * Dv, D) : separate(pairs + p * Dv, rows + p * D, rows + (p + 1) * D, D);
+  } else {
+    for (long p = 0; p < kBlock; p++) {
+      uint8_t *a = inside + p * Dv * size, *b = outside + p * D * size;
+      store ? std::memcpy(a, b, static_cast<size_t>(D * size)) : std::memcpy(b, a, static_cast<size_t>(D * size));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace understudy::attention
 
@@ -192,5 +276,25 @@ void attention_copy_block(void *block, void *k, void *v, long kv_heads, long D, 
     copy_block(at, static_cast<float *>(k), static_cast<float *>(v), kv_heads, D, dtype, store);
   else
     copy_block(at, static_cast<uint16_t *>(k), static_cast<uint16_t *>(v), kv_heads, D, dtype, store);
+}
+
+// `count` blocks of a cache [layers][blocks][kv_heads][page] to (store = 0) or from (store = 1) values [layers][K, V][16][D], of latents
+// [layers][16][D], one for each block and KV head: that of head g of blocks[i] lies at memory + offsets[i * kv_heads + g]. With `shared` the
+// pool's threads take part.
+void attention_move_blocks(void *storage, long layer_bytes, const int64_t *blocks, void *memory, const int64_t *offsets, long count, long layers,
+                           long kv_heads, long D, int latent, int dtype, int store, int shared) {
+  const long page = page_bytes(D, latent != 0, dtype), part = k_bytes(D, dtype) * (latent ? 1 : 2);
+  const auto move = [&](long begin, long end) {
+    for (long i = begin; i < end; i++)
+      for (long g = 0; g < kv_heads; g++) {
+        uint8_t *from = static_cast<uint8_t *>(storage) + (blocks[i] * kv_heads + g) * page;
+        uint8_t *value = static_cast<uint8_t *>(memory) + offsets[i * kv_heads + g];
+        for (long layer = 0; layer < layers; layer++) move_page(from + layer * layer_bytes, value + layer * part, D, latent != 0, dtype, store != 0);
+      }
+  };
+  if (shared)
+    understudy::parallel(count, 1, move);
+  else
+    move(0, count);
 }
 }
