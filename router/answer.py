@@ -40,7 +40,7 @@ class Answer:
         self._echoed = echoed
         self._echo = _text_of(model, request.prompt) if echoed else ""
         self._opened = False
-        self._cached_tokens: int | None = None
+        self._cached: pb.CachedTokens | None = None
         self._prompt_logprobs: list[TokenLogprob] | None = None
         self._waits_for_logprobs = request.prompt_logprobs is not None and request.pinned is None
         self.info = model.info  # of the replica that answers
@@ -78,8 +78,8 @@ class Answer:
 
     def add(self, batch: Batch, now: float) -> list[pb.GenerateResponse]:
         """Messages of a batch. Nothing may be added to a sequence that has ended."""
-        if self._cached_tokens is None:
-            self._cached_tokens = batch.cached_tokens
+        if self._cached is None and batch.cached_tokens is not None:
+            self._cached = pb.CachedTokens(device=batch.cached_tokens, host=batch.cached_host, store=batch.cached_store)
         if batch.prompt_logprobs is not None:
             self._prompt_logprobs = batch.prompt_logprobs
         messages = self._sequences[batch.index].add(batch, now)
@@ -99,7 +99,7 @@ class Answer:
         return messages
 
     def _prompt_info(self) -> pb.PromptInfo:
-        """`cached_tokens` are prompt tokens that the prefix tree spared the first sequence."""
+        """`cached_tokens` are prompt tokens that the first sequence was spared."""
         request, info = self._request, self.info
         text = cache(self._model.text.token_text)
         given = zip(request.prompt[1:], self._prompt_logprobs or (), strict=False)
@@ -110,7 +110,7 @@ class Answer:
             numerics_id=info.numerics_id,
             prompt_token_ids=request.prompt,
             prompt_tokens=len(request.prompt),
-            cached_tokens=pb.CachedTokens(device=self._cached_tokens or 0),
+            cached_tokens=self._cached or pb.CachedTokens(),
             seed=request.sampling.seed,
             prompt_logprobs=[
                 pb.Logprob(token_id=i, text=text(i), logprob=p.logprob, rank=p.rank, top=[

@@ -40,6 +40,8 @@ class Batch:
     traces: list[TokenTrace] = field(default_factory=list)
     finish: FinishReason | None = None
     cached_tokens: int | None = None
+    cached_host: int = 0
+    cached_store: int = 0
     prompt_logprobs: list[TokenLogprob] | None = None
 
 
@@ -342,6 +344,7 @@ class Stream:
             batch.traces += output.traces or ()
             if batch.cached_tokens is None:
                 batch.cached_tokens = output.cached_tokens
+                batch.cached_host, batch.cached_store = output.cached_host, output.cached_store
             if output.prompt_logprobs is not None and self._wants_prompt:
                 batch.prompt_logprobs, self._wants_prompt = output.prompt_logprobs, False
             if output.finish is not None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from workers.cache.manager import CacheManager
+from workers.cache.store import BlockStore, StoreConfig, main_group
 from workers.engine.contract import EngineInfo
 from workers.engine.core import EngineCore
 from workers.engine.drafts import Proposer
@@ -31,8 +32,31 @@ class PlainSamplingOps:
         return torch.stack(rows)
 
 
+class TokenCache:
+    """A group's memory as the prefix store sees it: head h of a block holds its token ids times h + 1."""
+
+    kv_heads = 2
+    value_bytes = BLOCK * 8
+
+    def __init__(self, memory: np.ndarray) -> None:
+        self.memory = memory
+
+    def export_blocks(self, blocks: np.ndarray, memory: np.ndarray, offsets: np.ndarray) -> None:
+        for block, places in zip(blocks, offsets, strict=True):
+            assert (self.memory[block] >= 0).all(), "a block is saved that is not full"
+            for head, place in enumerate(places):
+                memory[place : place + self.value_bytes] = (self.memory[block] * (head + 1)).view(np.uint8)
+
+    def import_blocks(self, blocks: np.ndarray, memory: np.ndarray, offsets: np.ndarray) -> None:
+        for block, places in zip(blocks, offsets, strict=True):
+            values = [memory[p : p + self.value_bytes].copy().view(np.int64) // (h + 1) for h, p in enumerate(places)]
+            assert all((v == values[0]).all() for v in values), "heads of different blocks"
+            self.memory[block] = values[0]
+
+
 class PagedRunner:
     divided = False
+    store: BlockStore | None = None
 
     def __init__(self, blocks: list[int], windows: list[int | None], vocab: int) -> None:
         self.memory = [np.full((count, BLOCK), -1, dtype=np.int64) for count in blocks]
@@ -42,6 +66,8 @@ class PagedRunner:
         self.closed = 0
 
     def run(self, plan: StepPlan) -> torch.Tensor:
+        if self.store is not None:
+            self.store.apply(plan.floors, plan.saves, plan.loads)
         self.plans.append([(c.id, c.start, len(c.tokens), c.wanted) for c in plan.chunks])
         if self.fail_with is not None:
             error, self.fail_with = self.fail_with, None
@@ -82,13 +108,16 @@ def paged_engine(
     prefix_cache: bool = True,
     formats: Formats | None = None,
     proposer: Proposer | None = None,
+    store: StoreConfig | None = None,
+    patience: float | None = None,
+    fingerprint: str = "paged",
 ) -> tuple[EngineCore, PagedRunner]:
     windows = [None] if windows is None else windows
     counts = [blocks] * len(windows) if isinstance(blocks, int) else blocks
     runner = PagedRunner(counts, windows, vocab)
     info = EngineInfo(
         model="paged",
-        model_fingerprint="paged",
+        model_fingerprint=fingerprint,
         numerics_id="paged",
         architecture="Paged",
         dtype="float32",
@@ -101,4 +130,7 @@ def paged_engine(
         chunk_tokens=chunk_tokens,
     )
     cache = CacheManager(counts, windows, BLOCK, prefix_cache)
-    return EngineCore(runner, info, cache, PlainSamplingOps(), formats, proposer), runner
+    if store is not None:
+        runner.store = BlockStore([TokenCache(m) for m in runner.memory], store, main=main_group(windows))
+    core = EngineCore(runner, info, cache, PlainSamplingOps(), formats, proposer, store=runner.store, patience=patience)
+    return core, runner

@@ -50,8 +50,8 @@ class Arena:
 
 class HostTier:
     """`value_bytes[g]` is the payload of one head in group g. With `keep` off nothing is found again: the slots only
-    serve those who copy. `size` bytes are cut into slots; at least `least` of each group are there. `changes` tells of the
-    blocks of group `told`. Thread-safe."""
+    serve those who copy. `size` bytes are cut into slots; at least `least` of each group are there. `changes` tells of
+    the blocks of group `told`. Thread-safe."""
 
     def __init__(
         self, value_bytes: Sequence[int], heads: int, size: int, *, keep: bool = True, least: int = 1, told: int = 0

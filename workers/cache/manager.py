@@ -208,9 +208,23 @@ class CacheManager:
 
     # Loads from the tiers behind the cache.
 
+    @property
+    def windowed(self) -> bool:
+        """Whether a group sees less than everything."""
+        return any(need is not None for need in self._needed)
+
+    def sharable(self, key: bytes, group: int) -> bool:
+        """Whether a load may take this block from the tree. Not where there are windows: rows may yet be computed
+        there because a window's blocks are missing, and nobody writes to a block that others read."""
+        return not self.windowed and self._tree.find(key, group) != ABSENT
+
+    def covered(self, table: BlockTable, index: int) -> bool:
+        """Whether the table has a block there in some group."""
+        return any(entries[index] != ABSENT for entries in table.groups)
+
     def loadable(self, table: BlockTable, first: int, present: Callable[[int, int], bool], last: int) -> int:
         """How many leading blocks of a sequence could be there: the first `first` are in the table, of the others
-        those that the tree has, and those for which `present(index, group)`; at most `last`.
+        those that can be shared, and those for which `present(index, group)`; at most `last`.
 
         `first` where nothing can be gained.
         """
@@ -219,19 +233,18 @@ class CacheManager:
         def there(i: int, group: int) -> bool:
             if i < first:
                 return table.groups[group][i] != ABSENT
-            return self._tree.find(keys[i], group) != ABSENT or present(i, group)
+            return self.sharable(keys[i], group) or present(i, group)
 
         return max(first, reach(last, self._needed, there))
 
     def reserve(self, table: BlockTable, end: int) -> list[Fetch] | None:
         """Makes the table cover the first `end` blocks, as far as the row after them reads them; what has to be
-        fetched into it, in order. None, and nothing is taken, where there are not enough blocks.
-
-        Entries of full blocks that the tree has are shared; those are as good as loaded.
-        """
+        fetched into it, in order. None, and nothing is taken, where there are not enough blocks. What can be shared
+        is."""
         begin = len(table.groups[0])
         firsts = [max(begin, min(self._first_needed(end * self.block_tokens, g), end)) for g in range(len(self._pools))]
-        known = [[self._tree.find(table.keys[i], g) for i in range(f, end)] for g, f in enumerate(firsts)]
+        find = self._tree.find if not self.windowed else (lambda key, group: ABSENT)
+        known = [[find(table.keys[i], g) for i in range(f, end)] for g, f in enumerate(firsts)]
         for pool, blocks in zip(self._pools, known, strict=True):
             kept = sum(1 for b in blocks if b != ABSENT and pool.is_kept(b))
             if blocks.count(ABSENT) > pool.available - kept:
@@ -248,7 +261,7 @@ class CacheManager:
                 if block == ABSENT:
                     wanted[i][group] = self._take(group)
                 entries.append(block if block != ABSENT else wanted[i][group])
-        return [Fetch(i, table.keys[i], tuple(blocks)) for i, blocks in sorted(wanted.items())]
+        return [Fetch(i, table.keys[i], tuple(b)) for i, b in sorted(wanted.items()) if any(x != ABSENT for x in b)]
 
     def leap(self, table: BlockTable, first: int, end: int, ready: Callable[[int], bool]) -> int:
         """How many leading blocks are there, where the first `first` are computed and those with `ready(index)` were

@@ -1,4 +1,4 @@
-"""One thread's way to Redis: which values are there, fetching them, putting them; over one server or a Cluster's many."""
+"""One thread's way to Redis: which values are there, fetching them, putting them; one server or a Cluster's many."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Remote:
             return found
 
     def ask(self, names: Sequence[bytes], into: Sequence[memoryview]) -> Asked:
-        """Asks for values; `receive` gets them. More may be asked for meanwhile: answers come in the order of asking."""
+        """Asks for values; `receive` gets them. More may be asked for meanwhile: answers come in that order."""
         with self._guarded() as servers:
             parts: dict[tuple[str, bytes], list[int]] = {}
             for i, name in enumerate(names):

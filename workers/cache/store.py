@@ -2,7 +2,7 @@
 
 | owns | does not own |
 |---|---|
-| copies of blocks between the rank's caches, host memory and Redis | which blocks are saved or loaded, and when: the plan |
+| copies of blocks between the rank's caches, host memory and Redis | which blocks, and when: the plan |
 | its threads and connections, the circuit breakers | block ids: the leader's cache manager |
 
 A rank holds the KV heads `heads` (absolute indices) of all `total_heads`. What happens on other threads is told by
@@ -11,6 +11,7 @@ A rank holds the KV heads `heads` (absolute indices) of all `total_heads`. What 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 
@@ -34,6 +35,8 @@ from workers.cache.writer import Entry, Writer
 STAGING_BYTES = 64 << 20  # of slots at least: what is on its way between Redis and the cache lies in them
 CLOSE_S = 2.0
 
+log = logging.getLogger(__name__)
+
 
 class StoreConfig(msgspec.Struct, frozen=True):
     """The tiers behind the device's cache. `host_bytes` 0: nothing is found in host memory. `url` None: no Redis.
@@ -48,11 +51,15 @@ class StoreConfig(msgspec.Struct, frozen=True):
         return f"StoreConfig(host_bytes={self.host_bytes}, redis={'yes' if self.url else 'no'})"
 
 
+def main_group(windows: Sequence[int | None]) -> int:
+    """The group whose blocks stand for all where others are told what is where: one that sees everything."""
+    return next((g for g, window in enumerate(windows) if window is None), 0)
+
+
 class BlockStore:
     """Keeps `workers.cache.orders.StorePort` for a group of one rank; of a larger group it is one rank's part.
 
-    `apply` and everything else but its threads belong to the engine's thread. `main` is the group whose blocks stand
-    for all when others are told what is where.
+    `apply` and everything else but its threads belong to the engine's thread. `main`: see `main_group`.
     """
 
     def __init__(
@@ -120,10 +127,13 @@ class BlockStore:
         """What a step plan says, before the step computes anything. Never blocks on Redis."""
         for number, floor in floors:
             self._landing.raise_floor(number, floor)
-        if saves:
-            self._save(saves)
-        for load in loads:
-            self._load(load)
+        try:
+            if saves:
+                self._save(saves)
+            for load in loads:
+                self._load(load)
+        except Exception:  # a fault of ours, but the step goes on: the store is a help that answers do not depend on
+            log.exception("the prefix store cannot do what the step's plan says")
 
     def _save(self, saves: Sequence[Save]) -> None:
         """Copies blocks into host memory, and queues them for Redis."""

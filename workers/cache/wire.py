@@ -188,8 +188,8 @@ class SentinelServer:
     redis+sentinel://[user:password@]host:port[,host:port]/service[/db]; rediss+sentinel:// with TLS."""
 
     def __init__(self, url: str, timeout_s: float) -> None:
-        from redis.connection import Connection, SSLConnection
         from redis import sentinel
+        from redis.connection import Connection, SSLConnection
 
         parts = urlsplit(url)
         hosts, service, db = _sentinels(url)

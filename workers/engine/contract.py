@@ -153,7 +153,8 @@ class SequenceOutput(msgspec.Struct, array_like=True):
     `token_ids` (several, where the engine speculates) includes the token that ended it (EOS or stop token).
     `cached_tokens` and `prompt_logprobs` are set in the first output of a sequence: how many prompt tokens the prefix
     tree spared (later members of a family say what the first did), and what was asked for of the prompt's tokens from
-    the second on. `traces` has one entry per token where a probe was asked for. A format that lets nothing follow
+    the second on. With the former come `cached_host` and `cached_store`: how many more came from host memory and from
+    the shared store. `traces` has one entry per token where a probe was asked for. A format that lets nothing follow
     ends its answer with EOS, with or without an EOS token. `error` says what went wrong when `finish` is ERROR: that
     rules leave no token, among other things.
     """
@@ -166,6 +167,8 @@ class SequenceOutput(msgspec.Struct, array_like=True):
     error: str = ""
     prompt_logprobs: list[TokenLogprob] | None = None
     traces: list[TokenTrace] | None = None
+    cached_host: int = 0
+    cached_store: int = 0
 
 
 class StepOutput(msgspec.Struct, array_like=True, tag=True):
@@ -209,6 +212,18 @@ class EngineStats(msgspec.Struct):
     preemptions: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    host_hit_tokens: int = 0
+    store_hit_tokens: int = 0
+    host_loaded_bytes: int = 0
+    host_load_seconds: float = 0.0
+    store_loaded_bytes: int = 0
+    store_load_seconds: float = 0.0
+    store_loads_given_up: int = 0
+    store_writes_dropped: int = 0
+    store_written_bytes: int = 0
+    store_bad_values: int = 0
+    store_misses: int = 0
+    store_failures: int = 0
 
 
 class EngineConfig(msgspec.Struct, frozen=True):

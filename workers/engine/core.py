@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol
 
 from workers.cache.keys import root_key
 from workers.cache.manager import CacheManager
+from workers.cache.orders import StorePort
 from workers.engine.contract import EngineInfo, EngineStats, FinishReason, Grammar, Request, SequenceOutput, TokenTrace
 from workers.engine.drafts import Proposer
 from workers.engine.formats import Formats, Matcher
@@ -63,7 +65,8 @@ class EngineCore:
 
     `formats` opens grammars: without one, a request that has a grammar ends with ERROR. `proposer` guesses tokens, at
     most `draft_tokens` per sequence and step. Both are closed by whoever made them, but the proposer, with the engine.
-    Prompts of more than `long_prompt` tokens are computed otherwise, and share no blocks with others.
+    Prompts of more than `long_prompt` tokens are computed otherwise, and share no blocks with others. `store` is what
+    lies behind the cache, closed with the engine; `patience` see `workers.engine.loads`.
     """
 
     def __init__(
@@ -76,12 +79,15 @@ class EngineCore:
         proposer: Proposer | None = None,
         draft_tokens: int = 4,
         long_prompt: int | None = None,
+        store: StorePort | None = None,
+        patience: float | None = None,
     ) -> None:
         self._runner = runner
         self._info, self._long_prompt = info, long_prompt
         self._cache = cache
         self._sampler = Sampler(ops)
-        self._scheduler = Scheduler(cache, info.max_running, info.chunk_tokens)
+        self._scheduler = Scheduler(cache, info.max_running, info.chunk_tokens, store, patience)
+        self._loads = self._scheduler.loads
         self._sequences: dict[str, Sequence] = {}
         self._ended: list[SequenceOutput] = []  # over without a step: told by the next one
         self._arrivals = 0
@@ -105,10 +111,14 @@ class EngineCore:
     def step(self) -> list[SequenceOutput]:
         if self._opening:
             self._admit_opened()
+        if self._loads is not None:
+            self._loads.poll()
         ended, self._ended = self._ended, []
-        if len(self._sequences) == len(self._opening):
+        if len(self._sequences) == len(self._opening) and not self._ordered:
             return ended
         plan = self._scheduler.schedule()
+        if not plan.chunks:
+            return ended + self._run_orders(plan)
         if self._proposer is not None:
             self._draft(plan, self._proposer)
         if self._probed:
@@ -116,6 +126,7 @@ class EngineCore:
         if self._runner.divided:
             self._ask_whole(plan)
         masks = self._start_masks(plan) if self._threads is not None else {}
+        began = time.perf_counter()
         try:
             logits = self._runner.run(plan)
             choices = self._sampler.choose(*self._sampled(plan, logits, masks))
@@ -124,6 +135,8 @@ class EngineCore:
         except Exception as error:  # of the forward: only this step's sequences end
             wait(masks.values())
             return ended + self._fail(error)
+        if self._loads is not None:
+            self._loads.note(plan, time.perf_counter() - began)
         made = self._settle(plan, choices)
         self._scheduler.advance(plan)
         return ended + [self._report(m) for m in made]
@@ -161,14 +174,35 @@ class EngineCore:
             self._ended.append(self._end(self._sequences[id], FinishReason.CANCELLED))
 
     def has_work(self) -> bool:
-        return bool(self._sequences or self._ended)
+        return bool(self._sequences or self._ended or self._ordered)
 
     def stats(self) -> EngineStats:
-        return self._scheduler.stats()
+        stats = self._scheduler.stats()
+        if self._loads is not None:
+            self._loads.fill(stats)
+        return stats
+
+    @property
+    def _ordered(self) -> bool:
+        """Whether ranks have something to do besides computing."""
+        return self._loads is not None and self._loads.pending
+
+    def _run_orders(self, plan: StepPlan) -> list[SequenceOutput]:
+        """A step that computes nothing: everybody waits for a load, or nobody is there and blocks are to be saved."""
+        try:
+            if plan.floors or plan.saves or plan.loads:
+                self._runner.run(plan)
+        except Exception as error:
+            return self._fail(error)
+        if self._loads is not None:
+            self._loads.wait()
+        return []
 
     def check_idle(self) -> None:
         if self._sequences or self._ended:
             raise RuntimeError(f"not idle: {[*self._sequences, *(o.id for o in self._ended)]}")
+        if self._loads is not None:
+            self._loads.check_idle()
         self._cache.check_idle()
 
     def check(self) -> None:
@@ -183,6 +217,8 @@ class EngineCore:
                 self._threads.shutdown(cancel_futures=True)
             if self._proposer is not None:
                 self._proposer.close()
+            if self._loads is not None:
+                self._loads.close()
             self._runner.close()
 
     def _refusal(self, request: Request) -> str | None:
@@ -378,10 +414,14 @@ class EngineCore:
         return output
 
     def _output(self, sequence: Sequence) -> SequenceOutput:
-        cached = None if sequence.reported else sequence.cached
-        told = None if sequence.reported or sequence.asks_prompt else sequence.told
-        sequence.reported = True
-        return SequenceOutput(sequence.id, [], cached_tokens=cached, prompt_logprobs=told)
+        output = SequenceOutput(sequence.id, [])
+        if not sequence.reported:
+            sequence.reported = True
+            if sequence.cached is not None:
+                device, output.cached_host, output.cached_store = sequence.loaded
+                output.cached_tokens = sequence.cached + device
+            output.prompt_logprobs = None if sequence.asks_prompt else sequence.told
+        return output
 
     def _end(self, sequence: Sequence, finish: FinishReason, error: str = "") -> SequenceOutput:
         """The sequence leaves and its blocks are free; its last output."""

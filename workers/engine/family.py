@@ -17,11 +17,12 @@ from workers.engine.sequence import Sequence
 class Family:
     """`blocks`: full blocks of the prompt before its last token. `fresh`: members that were never admitted."""
 
-    __slots__ = ("blocks", "cached", "first", "fresh", "known", "members", "prompt", "table")
+    __slots__ = ("blocks", "cached", "first", "fresh", "known", "loaded", "members", "prompt", "table")
 
     def __init__(self, prompt: list[int], blocks: int) -> None:
         self.prompt, self.blocks = prompt, blocks
         self.members = self.fresh = self.cached = 0
+        self.loaded = [0, 0, 0]  # and what loads spared it
         self.known = False  # a member was admitted, and `cached` is what it found in the prefix tree
         self.first: Sequence | None = None  # who computes the prompt now
         self.table: BlockTable | None = None
@@ -90,7 +91,7 @@ class Families:
     def introduced(self, sequence: Sequence, family: Family) -> None:
         """A member was admitted for the first time; its `cached` is set."""
         if not family.known:
-            family.known, family.cached = True, sequence.cached or 0
+            family.known, family.cached, family.loaded = True, sequence.cached or 0, sequence.loaded
         self._admitted(family)
 
     def computed(self, sequence: Sequence, family: Family) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from understudy.errors import ConfigError
+from workers.cache.store import BlockStore
 from workers.engine.contract import EngineConfig
 from workers.engine.logits import Logits, collect
 from workers.engine.plan import Chunk, StepPlan
@@ -89,6 +90,7 @@ class Runner:
         self._caches: list[KvCache] = [
             ops.cache(len(g.layers), blocks, a.cache_heads, a.cache_dim, latent) for g in spec.groups
         ]
+        self.store: BlockStore | None = None  # the tiers behind the caches: whoever builds the engine sets it
         self.block_bytes = block_bytes(spec, ops, self._share)
         self.info = RunnerInfo(
             model_fingerprint=fingerprint,
@@ -177,6 +179,8 @@ class Runner:
         memory that is not theirs. Raises GroupBroken when another rank is lost; nothing can be run any more then.
         """
         decoder = self._open()
+        if self.store is not None:
+            self.store.apply(plan.floors, plan.saves, plan.loads)
         if not plan.chunks:
             return torch.zeros(0, decoder.spec.vocab_size, dtype=decoder.ops.dtype)
         step = self._prepare(plan)

@@ -8,7 +8,8 @@ The rules, in order:
    goes to prompts under way, by rank (larger priority, then first come).
 3. What is left then admits waiting sequences, by rank, while `max_running` and the blocks allow. The first that does
    not fit stops admission, so that a large one is not overtaken for ever by small ones.
-   Members of a family (`workers.engine.family`) whose prompt is being computed are passed over until it is.
+   Members of a family (`workers.engine.family`) whose prompt is being computed are passed over until it is, and so are
+   those whose next block is being loaded for another (`workers.engine.loads`).
 4. When blocks run out, the running sequence of the worst rank gives all of its blocks back and waits; it is computed
    again later, prompt and answer so far, as a prompt (and finds those of its blocks that were not needed meanwhile in
    the prefix tree). The best rank is never preempted, so some sequence always advances.
@@ -20,8 +21,10 @@ from bisect import insort
 from operator import attrgetter
 
 from workers.cache.manager import CacheManager
+from workers.cache.orders import StorePort
 from workers.engine.contract import EngineStats
 from workers.engine.family import Families
+from workers.engine.loads import PATIENCE, Loads
 from workers.engine.plan import Chunk, StepPlan
 from workers.engine.sequence import Sequence
 
@@ -41,7 +44,14 @@ class Scheduler:
     | when blocks are taken, published, given back | where blocks lie: the runner |
     """
 
-    def __init__(self, cache: CacheManager, max_running: int, chunk_tokens: int) -> None:
+    def __init__(
+        self,
+        cache: CacheManager,
+        max_running: int,
+        chunk_tokens: int,
+        store: StorePort | None = None,
+        patience: float | None = None,
+    ) -> None:
         for name, value in (("max_running", max_running), ("chunk_tokens", chunk_tokens)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -52,6 +62,9 @@ class Scheduler:
         self.running: list[Sequence] = []  # by rank
         self.families = Families(cache)
         self.counts = EngineStats()  # those that run since the start
+        self.loads: Loads | None = None
+        if store is not None:
+            self.loads = Loads(store, cache, self.counts, patience=PATIENCE if patience is None else patience)
         self._waiting_tokens = 0
         self._windowed = any(window is not None for window in cache.windows)
         self.planned: list[Sequence] = []  # whose chunks the latest plan holds, in its order
@@ -75,6 +88,8 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """A sequence leaves, finished or not; its blocks are free from now on."""
+        if self.loads is not None:
+            self.loads.drop(sequence)
         if sequence.running:
             self.running.remove(sequence)
             sequence.running = False
@@ -88,8 +103,8 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """The next step's rows: decoding first, then prompts; `planned[i]` is the sequence of chunk i.
 
-        Empty only when nothing is there to run. Rows of prompts never exceed what decoding leaves of `chunk_tokens`;
-        rows of decoding are at most `max_running`.
+        Empty only when nothing is there to run, or everybody waits for a load. Rows of prompts never exceed what
+        decoding leaves of `chunk_tokens`; rows of decoding are at most `max_running`.
         """
         plan, self.planned, self._preempted = StepPlan(self.counts.steps), [], False
         decoding = [s for s in self.running if len(s.tokens) - s.computed == 1]
@@ -105,6 +120,8 @@ class Scheduler:
             budget -= self._give(plan, sequence, min(sequence.left, budget))
         while budget > 0 and (admitted := self._admit()) is not None:
             budget -= self._give(plan, admitted, min(admitted.left, budget))
+        if self.loads is not None:
+            self.loads.orders(plan)
         return plan
 
     def room_for_drafts(self, plan: StepPlan, most: int) -> list[tuple[Chunk, Sequence, int]]:
@@ -166,6 +183,10 @@ class Scheduler:
 
         Returns the rows planned: 0 when the sequence is, or becomes, preempted.
         """
+        if sequence.load is not None and self.loads is not None and sequence.running:
+            rows = self.loads.limit(sequence, rows)
+            if not rows:
+                return 0
         asked = sequence.told is not None and sequence.asks_prompt
         if asked:
             rows = min(rows, PROMPT_LOGIT_ROWS)
@@ -191,6 +212,8 @@ class Scheduler:
             at = self.planned.index(victim)
             del self.planned[at], plan.chunks[at]
         self.running.remove(victim)
+        if self.loads is not None:
+            self.loads.drop(victim)
         self.cache.free(victim.table)
         if victim.family is not None:
             self.families.interrupted(victim, victim.family)
@@ -207,13 +230,21 @@ class Scheduler:
         """Lets the first waiting sequence run if there is room; not in a step that had to preempt."""
         if not self.waiting or self._preempted or len(self.running) >= self.max_running:
             return None
-        place = next((i for i, s in enumerate(self.waiting) if not self._passed_over(s)), None)
-        if place is None:
-            return None
-        sequence = self.waiting[place]
-        family, hit = sequence.family, 0
-        if not sequence.request.bypass_prefix_cache and not sequence.asks_prompt:
-            hit = self.cache.match(sequence.table, sequence.root, sequence.tokens)
+        for place, sequence in enumerate(self.waiting):
+            if self._passed_over(sequence):
+                continue
+            hit, looked = 0, not sequence.request.bypass_prefix_cache and not sequence.asks_prompt
+            if looked:
+                hit = self.cache.match(sequence.table, sequence.root, sequence.tokens)
+            if self.loads is None or not looked or not self.loads.covers(sequence, hit // self.cache.block_tokens):
+                return self._admit_at(place, sequence, hit, looked)
+            self.cache.free(sequence.table)
+        return None
+
+    def _admit_at(self, place: int, sequence: Sequence, hit: int, looked: bool) -> Sequence | None:
+        """Lets the sequence at a place of `waiting` run if there is room; `hit` positions are in its table. `looked`:
+        those that are wanting may be elsewhere."""
+        family = sequence.family
         if family is not None:
             hit = self.families.share(sequence, family, hit)
         if self.running and not self._room_for(sequence):
@@ -227,6 +258,9 @@ class Scheduler:
             self._introduce(sequence, hit)
         if family is not None:
             self.families.admitted(sequence, family)
+        if self.loads is not None and looked:
+            better = (s.left for s in self.running if s.left > 1 and s.load is None and s.rank < sequence.rank)
+            self.loads.begin(sequence, sum(better))
         return sequence
 
     def _introduce(self, sequence: Sequence, hit: int) -> None:
@@ -234,7 +268,7 @@ class Scheduler:
         what they share was computed for them."""
         family = sequence.family
         if family is not None and family.known and not sequence.asks_prompt:
-            sequence.cached = family.cached
+            sequence.cached, sequence.loaded = family.cached, family.loaded
         else:
             sequence.cached = min(hit, sequence.prompt_tokens)
             self.counts.queried_tokens += sequence.prompt_tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Tokens
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from workers.cache.manager import BlockTable
@@ -13,6 +13,7 @@ from workers.engine.contract import FinishReason, Interjection, Request, TokenLo
 if TYPE_CHECKING:
     from workers.engine.family import Family
     from workers.engine.formats import Matcher
+    from workers.engine.loads import OpenLoad
     from workers.engine.ways import Ways
 
 
@@ -36,6 +37,8 @@ class Sequence:
     tokens: list[int]
     computed: int = 0
     cached: int | None = None  # prompt tokens that the prefix tree spared; None until first admitted
+    loaded: list[int] = field(default_factory=lambda: [0, 0, 0])  # prompt tokens that loads spared, by `Tier`
+    load: OpenLoad | None = None  # under way from the tiers behind the cache
     running: bool = False  # admitted and not preempted
     long: bool = False  # see `Chunk`
     reported: bool = False  # an output of this sequence has been given
