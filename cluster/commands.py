@@ -28,6 +28,9 @@ def serve(
     cache_bytes: Annotated[
         str | None, _option("Size of the KV cache, such as 4GiB (from the machine).", _MODELS, metavar="SIZE")
     ] = None,
+    host_cache_bytes: Annotated[
+        str | None, _option("Host memory behind it; 0 for none (from the machine).", _MODELS, metavar="SIZE")
+    ] = None,
     chunk_tokens: Annotated[int | None, _option("Rows of a step at most (512).", _MODELS)] = None,
     max_running: Annotated[int | None, _option("Sequences that run at once (64).", _MODELS)] = None,
     threads: Annotated[int | None, _option("Threads of computation per replica (an even share).", _MODELS)] = None,
@@ -79,6 +82,15 @@ def serve(
     ] = None,
     tokens: Annotated[
         Path | None, _option("Bearer tokens, one `TOKEN TENANT` per line.", _SECURITY, metavar="FILE")
+    ] = None,
+    redis_url: Annotated[
+        str | None, _option("Redis that keeps prefixes for all replicas; none for none (one of our own).", _CLUSTER)
+    ] = None,
+    redis_bytes: Annotated[
+        str | None, _option("Memory of a Redis of our own (an eighth of the machine's).", _CLUSTER, metavar="SIZE")
+    ] = None,
+    store_key: Annotated[
+        Path | None, _option("Secret that signs what is kept in Redis.", _CLUSTER, metavar="FILE")
     ] = None,
     ray_address: Annotated[
         str | None, _option("Join a running Ray cluster (a local one of our own).", _CLUSTER, metavar="ADDRESS")

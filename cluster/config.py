@@ -21,6 +21,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from understudy.errors import ConfigError
+from workers.cache.wire import check_url, shown_url
 from workers.engine.speculate import MAX_DRAFT_TOKENS
 from workers.parallel.share import MOST_RANKS
 
@@ -59,6 +60,12 @@ def _device(value: str) -> str:
     return value
 
 
+def _redis_url(value: str) -> str:
+    if value != "none":
+        check_url(value)
+    return value
+
+
 def _model_name(value: str) -> str:
     if not 0 < len(value) <= 128 or not value.isprintable() or any(c.isspace() for c in value):
         raise ValueError("is not a name; write NAME=DIR with at most 128 printable characters and no spaces")
@@ -72,6 +79,7 @@ def _absolute(value: Path) -> Path:
 
 FilePath = Annotated[Path, AfterValidator(_absolute)]
 Size = Annotated[int, Field(ge=1 << 20), BeforeValidator(parse_size)]
+MaybeSize = Annotated[int, Field(ge=0), BeforeValidator(parse_size)]
 Replicas = Annotated[int, Field(ge=1, le=1000), BeforeValidator(_fixed_replicas)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -86,6 +94,7 @@ class _Sizes(BaseModel):
     device: Annotated[str, AfterValidator(_device)] = "cpu"
     max_context: Annotated[int, Field(ge=1)] | None = None
     cache_bytes: Size | None = None
+    host_cache_bytes: MaybeSize | None = None
     chunk_tokens: Annotated[int, Field(ge=1)] | None = None
     max_running: Annotated[int, Field(ge=1)] | None = None
     threads: Annotated[int, Field(ge=1)] | None = None
@@ -131,6 +140,9 @@ class ServiceConfig(BaseModel):
     max_queued_tokens: Annotated[int, Field(ge=1)] = 1 << 20
     drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
     heartbeat_timeout: Annotated[float, Field(ge=0.5, le=600)] = 2.0
+    redis_url: Annotated[str, AfterValidator(_redis_url)] | None = None
+    redis_bytes: Size | None = None
+    store_key: FilePath | None = None
     ray_address: str | None = None
     verbose: bool = False
     # Not for users: which engine answers. "fake" makes tokens without computing, to measure everything around it.
@@ -358,7 +370,7 @@ def _check(config: ServiceConfig, where: Mapping[str, str]) -> None:
     def label(key: str) -> str:
         return where.get(key, "--" + key.replace("_", "-"))
 
-    for key in ("tls_cert", "tls_key", "tls_client_ca", "tokens"):
+    for key in ("tls_cert", "tls_key", "tls_client_ca", "tokens", "store_key"):
         path = getattr(config, key)
         if path is not None and not path.is_file():
             raise ConfigError(f"{label(key)} = {str(path)!r}: no such file")
@@ -386,4 +398,5 @@ def _readable(error: ValidationError, where: Mapping[str, str]) -> ConfigError:
     shown = where.get(key, "--" + key.replace("_", "-"))
     said = first["msg"].removeprefix("Value error, ")
     said = said[0].lower() + said[1:]
-    return ConfigError(f"{shown} = {first['input']!r}: {said}")
+    value = shown_url(str(first["input"])) if key == "redis_url" else first["input"]  # no password in a message
+    return ConfigError(f"{shown} = {value!r}: {said}")

@@ -135,6 +135,16 @@ class Directory(RayRouter):
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
             raise ConnectionError(f"the router does not answer: {error}") from error
 
+    def announce_now(self, member: Member, timeout_s: float = 5.0) -> None:
+        """`announce` for a thread without an event loop."""
+        import ray
+        import ray.exceptions
+
+        try:
+            ray.get(self.handle.announce.remote(_encode(member), b"", ""), timeout=timeout_s)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            raise ConnectionError(f"the router does not answer: {error}") from error
+
 
 def create(namespace: str, heartbeat_timeout: float, limits: Limits) -> Directory:
     """The directory of a namespace, started where there is none; `limits` are those of each replica's queue."""

@@ -19,6 +19,11 @@ NAMESPACE = "understudy"
 _PREFIX = "understudy-"
 
 
+def local_directory() -> Path:
+    """Where the files of this process's service lie while it runs; a short path."""
+    return Path(tempfile.gettempdir()) / f"{_PREFIX}{os.getpid()}"
+
+
 class LocalRay:
     """Ray's processes on this machine. `start` must run on the main thread: the kernel ends them when the thread
     that started them ends. `logs` is where what Ray and Serve wrote is kept."""
@@ -27,7 +32,7 @@ class LocalRay:
         self._logs = logs
         self._mark = secrets.token_hex(16)
         # Ray's sockets lie in it, whose paths must be short.
-        self.directory = Path(tempfile.gettempdir()) / f"{_PREFIX}{os.getpid()}"
+        self.directory = local_directory()
         self._watcher = undertaker.watch(self._mark, self.directory)
 
     def start(self, cpus: int, verbose: bool) -> None:

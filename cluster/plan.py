@@ -13,13 +13,15 @@ from cluster.config import ModelConfig, ServiceConfig, is_loopback
 from cluster.local import NAMESPACE
 from router.chat.templates import MORE_TEMPLATES, TEMPLATE_FILE
 from router.models import TEXT_FILES
-from understudy.errors import CheckpointError
+from understudy.errors import CheckpointError, ConfigError
+from workers.cache.orders import StoreConfig
 from workers.engine import EngineConfig
 
 # They wait more than they compute. Any share of a CPU would keep a rank that wants it whole from its place.
 SUPERVISOR_CPUS = 0.0
 GATEWAY_CPUS = 0.0
 LEASE_S = 10.0
+LEAST_SECRET = 16  # bytes
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,19 @@ def read_text_files(path: Path) -> dict[str, bytes]:
     return found
 
 
+def read_secret(path: Path) -> bytes:
+    """The secret in a file, without white space around it. Raises ConfigError."""
+    try:
+        secret = path.read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(f"store_key: {path} cannot be read: {error.strerror}") from error
+    if len(secret) < LEAST_SECRET:
+        raise ConfigError(
+            f"store_key: {path} holds {len(secret)} bytes; write {LEAST_SECRET} or more, as `openssl rand -hex 32` makes"
+        )
+    return secret
+
+
 def unpack(files: dict[str, bytes]) -> dict[str, bytes]:
     """`read_text_files`, read."""
     return {name: zlib.decompress(data) for name, data in files.items()}
@@ -126,6 +141,11 @@ def _replica_plan(
         tensor_parallel=1 if config.engine == "fake" else model.tensor_parallel,
         expert_parallel=model.expert_parallel,
         tensor_parallel_invariant=model.tensor_parallel_invariant,
+        store=StoreConfig(
+            host_bytes=model.host_cache_bytes,
+            url=None if config.redis_url in (None, "none") else config.redis_url,
+            secret=None if config.store_key is None else read_secret(config.store_key),
+        ),
     )
     # On one machine Ray's count of CPUs decides nothing: threads do. In a cluster it keeps replicas apart.
     leader_cpus = 0.01 if local else float(threads or 1)

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
+
+from cluster.config import ServiceConfig
+from cluster.directory import Directory
+from cluster.roster import Member, ProcessInfo
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +28,7 @@ ctypes.CDLL(None).prctl(1, 9)
 if os.getppid() != int(sys.argv[1]): sys.exit(1)
 os.execv(sys.argv[2], sys.argv[2:])
 """
+MEMORY_SHARE = 1 / 8  # of the machine, where --redis-bytes is not given
 _START_S = 10.0
 _AGAIN_S = 0.5  # before a server that ended is started again
 
@@ -35,6 +44,45 @@ def find_server() -> str | None:
     except Exception:  # absent, or of another platform
         pass
     return shutil.which("redis-server")
+
+
+def own_server(config: ServiceConfig, directory: Path) -> tuple[ServiceConfig, RedisServer | None]:
+    """The configuration with the URL of the prefix store filled in, and the server that has to be started for it."""
+    if config.redis_url is not None:
+        return config, None
+    notes: tuple[str, ...] = ()
+    if config.ray_address is not None:
+        notes = ("no prefix store: a Redis of our own serves one node only; give --redis-url, or none",)
+    elif (server := find_server()) is None:
+        notes = ("no prefix store: there is no redis-server here; install one, or give --redis-url, or none",)
+    else:
+        size = config.redis_bytes or int(MEMORY_SHARE * psutil.virtual_memory().total)
+        redis = RedisServer(server, directory / "redis", size)
+        return config.model_copy(update={"redis_url": redis.url}), redis
+    return config.model_copy(update={"redis_url": "none", "notes": (*config.notes, *notes)}), None
+
+
+class Announcer:
+    """Tells the roster, from a thread, that the service's own Redis is there. Stop it before Ray ends."""
+
+    def __init__(self, directory: Directory, redis: RedisServer) -> None:
+        self._directory, self._redis = directory, redis
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="redis-announcer", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread. Idempotent."""
+        self._stopping.set()
+        self._thread.join(_START_S)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            if pid := self._redis.pid:
+                process = ProcessInfo("redis", pid, "127.0.0.1")
+                with suppress(ConnectionError):
+                    self._directory.announce_now(Member("redis", "redis", "ready", (process,)))
+            self._stopping.wait(1.0)
 
 
 class RedisServer:
@@ -94,8 +142,6 @@ class RedisServer:
             self._stopping.wait(_AGAIN_S)
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        import os
-
         self.socket.unlink(missing_ok=True)
         options = {
             "port": "0",

@@ -11,12 +11,12 @@ from typing import Literal
 
 import msgspec
 
-Role = Literal["replica", "gateway"]
+Role = Literal["replica", "gateway", "redis"]
 
 
 class ProcessInfo(msgspec.Struct, frozen=True):
-    """A process: `role` is gateway, router, replica (the Serve supervisor), shard (rank 0 is the leader) or
-    expert_host."""
+    """A process: `role` is gateway, router, replica (the Serve supervisor), shard (rank 0 is the leader), expert_host or
+    redis."""
 
     role: str
     pid: int
@@ -33,7 +33,7 @@ class Claim(msgspec.Struct, frozen=True):
 
 
 class Member(msgspec.Struct, frozen=True):
-    """A replica or gateway as it announces itself.
+    """A replica or gateway as it announces itself, or the service's own Redis.
 
     `holder` names its life and nothing else. `stage` is starting, loading, warming, ready, draining or failed, and
     `done` the share of it in [0, 1]; `error_kind` and `error` say why it failed. `address` is where a gateway listens.

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -23,9 +23,10 @@ from cluster import app
 from cluster.config import ServiceConfig
 from cluster.console import Console
 from cluster.directory import Directory
-from cluster.local import LocalRay, join
+from cluster.local import LocalRay, join, local_directory
 from cluster.logs import configure
 from cluster.plan import Plan, machine_cpus, make_plan, reachable_host
+from cluster.redis import Announcer, RedisServer, own_server
 from cluster.roster import Member
 from router.interceptors import Tokens
 from router.server import address, probe_port
@@ -47,9 +48,10 @@ def run(config: ServiceConfig, console: Console) -> int:
     Must run on the main thread.
     """
     config = with_free_ports(config)
+    check_files(config)
+    config, redis = own_server(config, local_directory())
     for note in config.notes:
         console.say(f"warning: {note}")
-    check_files(config)
     logs = new_log_directory()
     plan = make_plan(config, machine_cpus(), logs / "serve")
     signals = Signals()
@@ -58,18 +60,24 @@ def run(config: ServiceConfig, console: Console) -> int:
         if not config.verbose:
             console.say(f"logs: {logs}")
         with suppress(Stopped):
-            _serve(plan, logs, console, signals)
+            _serve(plan, redis, logs, console, signals)
         console.done()
         console.say("understudy: stopped")
     return 0
 
 
-def _serve(plan: Plan, logs: Path, console: Console, signals: Signals) -> None:
-    with _ray(plan.gateway.config, logs, console, signals):
+def _serve(plan: Plan, redis: RedisServer | None, logs: Path, console: Console, signals: Signals) -> None:
+    with _ray(plan.gateway.config, logs, console, signals), ExitStack() as stack:
         signals.install()  # Ray has set its own meanwhile
         signals.check()
+        if redis is not None:
+            console.stage("starting Redis")
+            stack.callback(redis.stop)
+            start_redis(redis)
         console.stage("starting Serve")
         directory = app.start_serve(plan)
+        if redis is not None:
+            stack.callback(Announcer(directory, redis).stop)
         try:
             _start(plan, directory, console, signals)
             signals.wait()
@@ -82,6 +90,14 @@ def _serve(plan: Plan, logs: Path, console: Console, signals: Signals) -> None:
         console.stage("draining")
         with suppress(Stopped):  # a second signal: no more patience
             app.take_down(plan)
+
+
+def start_redis(redis: RedisServer) -> None:
+    """Raises InternalError where it does not start."""
+    try:
+        redis.start()
+    except (OSError, RuntimeError) as error:
+        raise InternalError(f"the prefix store: {error}; give --redis-url none to do without") from error
 
 
 @contextmanager

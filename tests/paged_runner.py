@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from workers.cache.manager import CacheManager
-from workers.cache.store import BlockStore, StoreConfig, main_group
+from workers.cache.orders import StoreConfig
+from workers.cache.store import BlockStore, main_group
 from workers.engine.contract import EngineInfo
 from workers.engine.core import EngineCore
 from workers.engine.drafts import Proposer

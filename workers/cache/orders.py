@@ -6,9 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from workers.cache.events import Observer, Tier
 
 NEVER = 1 << 62  # a floor that leaves nothing of a load
+
+
+class StoreConfig(msgspec.Struct, frozen=True):
+    """The tiers behind the device's cache. `host_bytes` of host memory (None: from the machine; 0: nothing is found
+    there); `url` of a Redis, or None. `secret` keys the checksums of what lies in it, and `timeout_s` is how long it
+    may be silent in an answer."""
+
+    host_bytes: int | None = None
+    url: str | None = None
+    secret: bytes | None = None
+    timeout_s: float = 1.0
+
+    def __repr__(self) -> str:  # passwords and secrets reach no log
+        return f"StoreConfig(host_bytes={self.host_bytes}, redis={'yes' if self.url else 'no'})"
 
 
 @dataclass(slots=True)

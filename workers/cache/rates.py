@@ -9,21 +9,20 @@ FIND_S = 0.002
 
 
 class Rate:
-    """Units per second, smoothed over about `units` of them, so that many small measurements weigh as one large."""
+    """Units per second, over about the last `units` of them: many small measurements weigh as one large."""
 
     def __init__(self, guess: float, units: float) -> None:
         self.value = guess
         self._units = units
-        self._measured = False
+        self._count = self._seconds = 0.0
 
     def add(self, count: float, seconds: float) -> None:
         """`count` units took `seconds`."""
         if count <= 0 or seconds <= 0:
             return
-        weight = min(1.0, count / self._units) if self._measured else 1.0
-        # Times add up, not rates: a slow tenth of the bytes costs most of the time.
-        self.value = 1.0 / ((1 - weight) / self.value + weight * seconds / count)
-        self._measured = True
+        keep = max(0.0, min(1.0, (self._units - count) / self._count)) if self._count else 0.0
+        self._count, self._seconds = keep * self._count + count, keep * self._seconds + seconds
+        self.value = self._count / self._seconds
 
 
 class Seconds:

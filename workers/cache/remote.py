@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from workers.cache.wire import MISSING, ReplyError, Servers, StoreError, Wire, open_servers
@@ -30,6 +30,11 @@ class Remote:
         self._servers: Servers | None = None
         self._wires: dict[str, Wire] = {}
         self._stale = False  # a server said that names have moved
+
+    def warm(self) -> None:
+        """Connects, so that the first who asks need not wait for it. What goes wrong shows when something is asked."""
+        with suppress(StoreError), self._guarded() as servers:
+            self._wire(servers, servers.node(b""))
 
     def touch(self, blocks: Sequence[Sequence[bytes]]) -> list[int]:
         """How many of each block's names are there; those count as used now. One block's names have one slot."""

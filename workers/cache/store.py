@@ -15,7 +15,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-import msgspec
 import numpy as np
 
 from workers.cache.breaker import Breaker
@@ -25,7 +24,7 @@ from workers.cache.finder import Finder, Search
 from workers.cache.host import HostTier
 from workers.cache.known import Known
 from workers.cache.landing import Caches, Item, Landing
-from workers.cache.orders import NEVER, Arrived, Found, Load, Save, StoreCounts
+from workers.cache.orders import NEVER, Arrived, Found, Load, Save, StoreConfig, StoreCounts
 from workers.cache.rates import FIND_S, HOST_BYTES_S, STORE_BYTES_S, Rate, Seconds
 from workers.cache.remote import Remote
 from workers.cache.values import HEADER_BYTES, Seal
@@ -36,19 +35,6 @@ STAGING_BYTES = 64 << 20  # of slots at least: what is on its way between Redis 
 CLOSE_S = 2.0
 
 log = logging.getLogger(__name__)
-
-
-class StoreConfig(msgspec.Struct, frozen=True):
-    """The tiers behind the device's cache. `host_bytes` 0: nothing is found in host memory. `url` None: no Redis.
-    `secret` keys the checksums of what lies there."""
-
-    host_bytes: int = 0
-    url: str | None = None
-    secret: bytes | None = None
-    timeout_s: float = 1.0
-
-    def __repr__(self) -> str:  # passwords and secrets reach no log
-        return f"StoreConfig(host_bytes={self.host_bytes}, redis={'yes' if self.url else 'no'})"
 
 
 def main_group(windows: Sequence[int | None]) -> int:
@@ -81,13 +67,13 @@ class BlockStore:
         self.host = HostTier(
             [c.value_bytes for c in caches],
             len(self._heads),
-            config.host_bytes,
-            keep=config.host_bytes > 0,
+            config.host_bytes or 0,
+            keep=bool(config.host_bytes),
             least=least,
             told=main,
         )
         self._counts = StoreCounts()
-        self._rates = {Tier.HOST: Rate(HOST_BYTES_S, 32e6), Tier.STORE: Rate(STORE_BYTES_S, 32e6)}
+        self._rates = {Tier.HOST: Rate(HOST_BYTES_S, 8e6), Tier.STORE: Rate(STORE_BYTES_S, 8e6)}
         self._latency = Seconds(FIND_S)
         self._box: Box[Found | Arrived] = Box()
         self._known = Known()
@@ -107,19 +93,20 @@ class BlockStore:
 
         total = total_heads or len(self._heads)
         seal = Seal(config.secret)
+        finding, fetching = connect(), connect()
         self._finder = Finder(
-            connect(), self._box, self._counts, self._reading, self._known, self._latency, total
+            finding, self._box, self._counts, self._reading, self._known, self._latency, total
         )  # fmt: skip
         self._fetcher = Fetcher(
-            connect(), self.host, self._landing, self._box, self._counts, self._reading, self._rates[Tier.STORE], seal,
+            fetching, self.host, self._landing, self._box, self._counts, self._reading, self._rates[Tier.STORE], seal,
             self._known, self._heads, self.block_bytes,
         )  # fmt: skip
         self._writer = Writer(
             connect(), self.host, self._counts, self._writing, self._known, seal, self._heads, self.block_bytes,
             max(4, least // 2),
         )  # fmt: skip
-        self._find: Worker[Search] = Worker("store-find", self._finder)
-        self._fetch: Worker[Job] = Worker("store-read", self._fetcher)
+        self._find: Worker[Search] = Worker("store-find", self._finder, finding.warm)
+        self._fetch: Worker[Job] = Worker("store-read", self._fetcher, fetching.warm)
 
     # What plans say.
 

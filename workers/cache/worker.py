@@ -13,10 +13,10 @@ log = logging.getLogger(__name__)
 
 
 class Worker(Generic[T]):
-    """Hands `handle` the tasks one by one, on a thread of its own. `handle` deals with its failures itself."""
+    """Hands `handle` the tasks one by one, on a thread of its own, after `begin`. Both deal with their failures."""
 
-    def __init__(self, name: str, handle: Callable[[T], None]) -> None:
-        self._handle = handle
+    def __init__(self, name: str, handle: Callable[[T], None], begin: Callable[[], None] = lambda: None) -> None:
+        self._handle, self._begin = handle, begin
         self._tasks: deque[T] = deque()
         self._wake = threading.Condition()
         self._closing = self._working = False
@@ -57,6 +57,7 @@ class Worker(Generic[T]):
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        self._begin()
         while True:
             with self._wake:
                 self._working = False

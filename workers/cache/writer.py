@@ -48,7 +48,7 @@ class Writer:
         self._batch = max(1, BATCH_BYTES // sum(bytes))
         self.refused = 0  # entries that found the queue full; of the engine's thread
         self._dropped = 0
-        self._worker: Worker[Entry] = Worker("store-write", self._write)
+        self._worker: Worker[Entry] = Worker("store-write", self._write, remote.warm)
 
     @property
     def dropped(self) -> int:

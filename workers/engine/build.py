@@ -6,11 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from understudy.errors import ConfigError
 from workers.engine.contract import EngineConfig, EngineInfo
 from workers.engine.speculate import MAX_DRAFT_TOKENS
 
 if TYPE_CHECKING:
+    from workers.cache.store import BlockStore
     from workers.engine.core import EngineCore
     from workers.engine.drafts import Proposer
     from workers.engine.runner import Runner, RunnerInfo
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
 
 DEFAULT_CHUNK_TOKENS = 512  # rows a step has at most: large enough to be bound by arithmetic, small enough to be short
 DEFAULT_MAX_RUNNING = 64
+# Host memory behind the cache: this share of what is free then, at most so many bytes. It is taken as it is filled.
+HOST_CACHE = {"cpu": (1 / 16, 1 << 30), "cuda": (1 / 4, 32 << 30)}
 
 
 def build_engine(
@@ -61,7 +66,30 @@ def build_engine(
     cache = CacheManager(its.blocks, its.windows, BLOCK, config.prefix_cache)
     formats = CheckpointFormats(Path(config.model_dir), its.vocab_size)
     proposer = make_proposer(config, its, chunk_tokens)
-    return EngineCore(runner, info, cache, runner.ops, formats, proposer, config.draft_tokens, its.long_prompt)
+    runner.store = open_store(config, runner)
+    return EngineCore(
+        runner, info, cache, runner.ops, formats, proposer, config.draft_tokens, its.long_prompt, runner.store
+    )
+
+
+def open_store(config: EngineConfig, runner: Runner) -> BlockStore | None:
+    """The tiers behind the runner's caches; None where there are none."""
+    store = config.store
+    if store is None or not config.prefix_cache:
+        return None
+
+    import torch
+
+    from workers.cache.store import BlockStore, main_group
+    from workers.engine.runner import available_memory
+
+    if store.host_bytes is None:
+        share, most = HOST_CACHE[torch.device(config.device).type]
+        host_bytes = min(most, int(share * available_memory(torch.device("cpu"))))
+        store = msgspec.structs.replace(store, host_bytes=host_bytes)
+    if not store.host_bytes and store.url is None:
+        return None
+    return BlockStore(runner.caches, store, main=main_group(runner.info.windows))
 
 
 def build_rank(config: EngineConfig, group: Group) -> Runner:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import msgspec
 
+from workers.cache.orders import StoreConfig
 from workers.experts.placement import ExpertsPlan
 
 
@@ -236,6 +237,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     `tensor_parallel` ranks hold the model together, see `workers.parallel.share`: `expert_parallel` keeps each expert
     whole at one of them, `tensor_parallel_invariant` gives the same bits at every degree that has it.
     `experts`: where a mixture's experts are served; None: here.
+    `store`: what lies behind the cache; None: nothing.
     """
 
     model_dir: str
@@ -256,6 +258,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     expert_parallel: bool = False
     tensor_parallel_invariant: bool = False
     experts: ExpertsPlan | None = None
+    store: StoreConfig | None = None
 
 
 class Engine(Protocol):

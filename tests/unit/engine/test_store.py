@@ -9,7 +9,7 @@ import pytest
 from paged_runner import BLOCK, PagedRunner, paged_engine
 from redis_server import TestRedis
 
-from workers.cache.store import StoreConfig
+from workers.cache.orders import StoreConfig
 from workers.engine.contract import FinishReason, Request, Sampling, SequenceOutput
 from workers.engine.core import EngineCore
 
