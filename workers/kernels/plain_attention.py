@@ -44,7 +44,7 @@ class PlainCache:
         """See `workers.kernels.ops.KvCache`. One copy from the device for all blocks."""
         check_values(blocks, memory, offsets, self)
         values = self.data[:, :, torch.from_numpy(blocks).to(self.data.device)].permute(2, 3, 0, 1, 4, 5)
-        flat = values.contiguous().cpu().view(torch.uint8).view(offsets.size, -1).numpy()
+        flat = values.contiguous().cpu().view(torch.uint8).view(offsets.size, self.value_bytes).numpy()
         for value, offset in zip(flat, offsets.flat, strict=True):
             memory[offset : offset + len(value)] = value
 
