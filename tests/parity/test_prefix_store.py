@@ -91,7 +91,7 @@ def test_a_hit_is_what_would_have_been_computed(
 ) -> None:
     path, rng = written(case)[1], random.Random(case)
     families = [family(rng, f"f{i}") for i in range(FAMILIES)]
-    config = StoreConfig(host_bytes=1 << 18, url=redis.url)
+    config = StoreConfig(host_bytes=1 << 18, url=redis.url, timeout_s=60.0)
     plain = Replica(path, None)
     want = {id: said for requests in families for id, said in plain.play(requests).items()}
     plain.close()

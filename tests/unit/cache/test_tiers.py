@@ -40,7 +40,7 @@ class Rank:
 
     def __init__(self, url: str | None = None, host_bytes: int = 0, groups: int = 1, **config: object) -> None:
         self.memory = [np.full((BLOCKS, BLOCK), -1, np.int64) for _ in range(groups)]
-        settings = StoreConfig(host_bytes=host_bytes, url=url, **config)
+        settings = StoreConfig(host_bytes=host_bytes, url=url, **({"timeout_s": 30.0} | config))
         self.store = BlockStore([TokenCache(m) for m in self.memory], settings)
         self.loads = 0
 

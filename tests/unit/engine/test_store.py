@@ -80,7 +80,7 @@ WINDOWS = [None], [None, 40], [20], [33, None, 64]
 
 @pytest.mark.parametrize("windows", WINDOWS)
 def test_another_engine_finds_what_one_has_computed(url: str, windows: list[int | None]):
-    config = StoreConfig(url=url)
+    config = StoreConfig(url=url, timeout_s=30.0)
     first, its = paged_engine(64, windows, store=config, patience=WAIT)
     second, others = paged_engine(64, windows, store=config, patience=WAIT)
     plain, _ = paged_engine(64, windows)
