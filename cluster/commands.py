@@ -81,7 +81,7 @@ def serve(
         Path | None, _option("Clients must show a certificate of this authority (PEM).", _SECURITY, metavar="FILE")
     ] = None,
     tokens: Annotated[
-        Path | None, _option("Bearer tokens, one `TOKEN TENANT` per line.", _SECURITY, metavar="FILE")
+        Path | None, _option("Bearer tokens, one `TOKEN TENANT [SALT]` per line.", _SECURITY, metavar="FILE")
     ] = None,
     redis_url: Annotated[
         str | None, _option("Redis that keeps prefixes for all replicas; none for none (one of our own).", _CLUSTER)

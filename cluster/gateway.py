@@ -165,7 +165,7 @@ class GatewayApp:
         model, dispatcher = self._gateway.models.find(name), self._gateway.dispatcher
         request = pb.GenerateRequest(request_id="proof", model=name, token_ids=pb.TokenIds(ids=[0]))
         request.stopping.max_tokens = 1
-        stream = dispatcher.open(validate(request, model, tenant=""), dispatcher.clock.now() + _PROOF_S)
+        stream = dispatcher.open(validate(request, model, salt=""), dispatcher.clock.now() + _PROOF_S)
         try:
             while (await stream.next()).finish is None:
                 pass

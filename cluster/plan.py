@@ -108,7 +108,7 @@ def read_secret(path: Path) -> bytes:
         raise ConfigError(f"store_key: {path} cannot be read: {error.strerror}") from error
     if len(secret) < LEAST_SECRET:
         raise ConfigError(
-            f"store_key: {path} holds {len(secret)} bytes; write {LEAST_SECRET} or more, as `openssl rand -hex 32` makes"
+            f"store_key: {path} holds {len(secret)} bytes; write {LEAST_SECRET} or more, as of `openssl rand -hex 32`"
         )
     return secret
 

@@ -15,8 +15,8 @@ Role = Literal["replica", "gateway", "redis"]
 
 
 class ProcessInfo(msgspec.Struct, frozen=True):
-    """A process: `role` is gateway, router, replica (the Serve supervisor), shard (rank 0 is the leader), expert_host or
-    redis."""
+    """A process: `role` is gateway, router, replica (the Serve supervisor), shard (rank 0 is the leader), expert_host
+    or redis."""
 
     role: str
     pid: int

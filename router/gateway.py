@@ -109,7 +109,7 @@ class InferenceService:
         call.notes["model"] = model.name
         if len(self._dispatcher.streams) >= self._config.max_streams:
             raise Overloaded(f"this gateway carries {self._config.max_streams} streams, all it may; come back in 1 s")
-        valid, answer = await self._prepare(request, model, call.tenant, started, interjection)
+        valid, answer = await self._prepare(request, model, call.salt, started, interjection)
         if not answer.to_make:
             for message in answer.open():
                 await context.write(message)
@@ -132,7 +132,7 @@ class InferenceService:
         self,
         request: pb.GenerateRequest,
         model: ServedModel,
-        tenant: str,
+        salt: str,
         started: float,
         interjection: Interjection | None,
     ) -> tuple[ValidRequest, Answer]:
@@ -140,7 +140,7 @@ class InferenceService:
         infos = [k.info for k in self._dispatcher.pool.alive() if k.info.model == model.name]
 
         def prepare() -> tuple[ValidRequest, Answer]:
-            valid = replace(validate(request, model, tenant=tenant, infos=infos), interjection=interjection)
+            valid = replace(validate(request, model, salt=salt, infos=infos), interjection=interjection)
             stops = StopStrings(valid.stop) if valid.stop else None
             return valid, Answer(valid, model, started, stops)
 

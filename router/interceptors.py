@@ -37,6 +37,7 @@ class Call:
     started: float
     deadline_s: float | None
     tenant: str = ""
+    salt: str = ""  # of cached prefixes: callers share them where it is equal
     peer: str = ""
     traceparent: str = ""
     notes: dict[str, Any] = field(default_factory=dict)  # what the handler adds to the log line
@@ -46,21 +47,23 @@ current_call: contextvars.ContextVar[Call] = contextvars.ContextVar("current_cal
 
 
 class Tokens:
-    """Bearer tokens and the tenants that they speak for.
+    """Bearer tokens and the tenants that they speak for; `shared` are salts of tenants that share cached prefixes.
 
     Only SHA-256 hashes are kept, and every one is compared, each in constant time.
     """
 
-    def __init__(self, tenants: Mapping[str, str]) -> None:
+    def __init__(self, tenants: Mapping[str, str], shared: Mapping[str, str] | None = None) -> None:
         self._hashes = [(hashlib.sha256(t.encode()).digest(), tenant) for t, tenant in tenants.items()]
+        self._shared = dict(shared or {})
 
     @classmethod
     def read(cls, path: Path) -> Tokens:
-        """From a file with one `TOKEN TENANT` per line; blank lines and lines that begin with # are skipped.
+        """From a file with one `TOKEN TENANT [SALT]` per line; blank lines and lines that begin with # are skipped.
 
         Raises ConfigError naming the line, never the token.
         """
         tenants: dict[str, str] = {}
+        salts: dict[str, str | None] = {}  # by tenant
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -69,14 +72,24 @@ class Tokens:
             words = line.split()
             if not words or words[0].startswith("#"):
                 continue
-            if len(words) != 2:
-                raise ConfigError(f"tokens: {path}, line {number}: has {len(words)} words; write TOKEN TENANT")
+            if len(words) not in (2, 3):
+                raise ConfigError(f"tokens: {path}, line {number}: has {len(words)} words; write TOKEN TENANT [SALT]")
             if words[0] in tenants:
                 raise ConfigError(f"tokens: {path}, line {number}: the token is there already; remove one")
             tenants[words[0]] = words[1]
+            salt = words[2] if len(words) == 3 else None
+            if salts.setdefault(words[1], salt) != salt:
+                raise ConfigError(
+                    f"tokens: {path}, line {number}: the tenant {words[1]} has another salt above; give all of its "
+                    "tokens the same"
+                )
         if not tenants:
             raise ConfigError(f"tokens: {path} holds no token, so that nobody could call; write TOKEN TENANT lines")
-        return cls(tenants)
+        return cls(tenants, {tenant: salt for tenant, salt in salts.items() if salt is not None})
+
+    def salt(self, tenant: str) -> str:
+        """What keeps a tenant's cached prefixes apart: its own name, or what several share. No name is such a salt."""
+        return f"\x1e{self._shared[tenant]}" if tenant in self._shared else tenant
 
     def tenant(self, token: str) -> str | None:
         """Who the token speaks for."""
@@ -164,6 +177,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             outcome = "INTERNAL"
             try:
                 call.tenant = self._tenant(metadata, context)
+                call.salt = call.tenant if self._tokens is None else self._tokens.salt(call.tenant)
                 call.request_id = valid_request_id(metadata.get("x-request-id", ""))
                 result = await inner(self._parsed(raw, parse), context)
                 outcome = "OK"

@@ -198,12 +198,12 @@ def _seed(request: pb.GenerateRequest, resumed: bool, draw: Callable[[], int]) -
     return draw() if given is None else given
 
 
-def _salt(kv: pb.KvOptions, tenant: str) -> str:
-    """The tenant, and within it the caller's own salt: nobody can name another tenant's prefixes."""
+def _salt(kv: pb.KvOptions, base: str) -> str:
+    """The identity's salt, and within it the caller's own: nobody can name another tenant's prefixes."""
     size = len(kv.cache_salt.encode())
     if size > MAX_SALT_BYTES:
         raise InvalidRequest(f"has {size} bytes; at most {MAX_SALT_BYTES} are allowed", "kv.cache_salt")
-    return f"{tenant}\x1f{kv.cache_salt}" if kv.cache_salt else tenant
+    return f"{base}\x1f{kv.cache_salt}" if kv.cache_salt else base
 
 
 def draw_seed() -> int:
@@ -215,12 +215,12 @@ def validate(
     request: pb.GenerateRequest,
     model: ServedModel,
     *,
-    tenant: str = "",
+    salt: str = "",
     infos: Sequence[EngineInfo] = (),
     draw: Callable[[], int] = draw_seed,
 ) -> ValidRequest:
-    """The whole check, and the encoding of texts: long ones take a while. `infos` are the replicas that a stream could
-    go on at, where they are known better than by `model.info`.
+    """The whole check, and the encoding of texts: long ones take a while. `salt` is that of the caller's identity.
+    `infos` are the replicas that a stream could go on at, where they are known better than by `model.info`.
 
     Raises InvalidRequest or CannotResume.
     """
@@ -239,7 +239,7 @@ def validate(
     stop_ids = check_token_ids("stopping.stop_token_ids", stopping.stop_token_ids, info.vocab_size)
     probe = choosing.probe(response, info.layers)
     grammar = grammar_of(request.format, model) if request.HasField("format") else None
-    salt = _salt(request.kv, tenant)
+    salt = _salt(request.kv, salt)
     pinned = _check_identity(request.resume, infos or (info,)) if resumed else None
     prompt, received = _resumed(request, model, n) if resumed else (_prompt(request, model), {})
     max_tokens, min_tokens = _lengths(stopping, len(prompt), info.max_context)

@@ -60,7 +60,7 @@ def stage(ops: Ops, dim: int, kv_heads: int, ratio: int, latent: int | None) -> 
 def test_out_and_in_again(ops: Ops, dim: int, kv_heads: int, ratio: int, latent: int | None) -> None:
     layer = stage(ops, dim, kv_heads, ratio, latent)
     rows = layer.rows(5 * BLOCK + 3, seed=dim)
-    q, cache, want = layer.whole(rows[: 5 * BLOCK])
+    _, cache, want = layer.whole(rows[: 5 * BLOCK])
     parts = 1 if latent else 2
     assert cache.value_bytes == 2 * parts * BLOCK * dim * ops.dtype.itemsize
     memory, offsets = export(cache, [3, 0, 4])
@@ -79,7 +79,7 @@ def test_out_and_in_again(ops: Ops, dim: int, kv_heads: int, ratio: int, latent:
     assert bits(other.read_block(1, 1)[0]) == bits(untouched)
     again, _ = export(other, places)
     assert again.tobytes() == memory.tobytes()
-    whole_q, whole_cache, whole = layer.whole(rows)
+    _, _, whole = layer.whole(rows)
     _, tail = layer.step(rows[5 * BLOCK :], other, batch_of([(5 * BLOCK, len(rows))], [[*places, 3]]))
     assert bits(tail) == bits(whole[5 * BLOCK :])
     assert bits(want) == bits(whole[: 5 * BLOCK])

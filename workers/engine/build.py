@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from workers.engine.drafts import Proposer
     from workers.engine.runner import Runner, RunnerInfo
     from workers.parallel.group import Group
+
+log = logging.getLogger(__name__)
 
 DEFAULT_CHUNK_TOKENS = 512  # rows a step has at most: large enough to be bound by arithmetic, small enough to be short
 DEFAULT_MAX_RUNNING = 64
@@ -88,6 +91,9 @@ def open_store(config: EngineConfig, runner: Runner) -> BlockStore | None:
         host_bytes = min(most, int(share * available_memory(torch.device("cpu"))))
         store = msgspec.structs.replace(store, host_bytes=host_bytes)
     if not store.host_bytes and store.url is None:
+        return None
+    if runner.divided:  # ranks do not tell each other yet what has arrived
+        log.warning("no prefix store behind the cache: a model that is divided among ranks has none")
         return None
     return BlockStore(runner.caches, store, main=main_group(runner.info.windows))
 

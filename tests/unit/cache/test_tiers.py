@@ -227,7 +227,7 @@ def test_ten_thousand_damaged_values(redis: TestRedis, monkeypatch: pytest.Monke
             before = b.store.counts.store_bad_values
         assert b.store.counts.store_misses == 0
         # What was found to be wrong is written over when it is computed again.
-        client.mset({name: b"nothing" for name in names.values()})
+        client.mset(dict.fromkeys(names.values(), b"nothing"))
         assert not any(e.ok for e in b.load(keys))
         b.save(keys)
         b.settle()

@@ -16,7 +16,9 @@ from workers.cache.values import HEADER_BYTES, Seal, value_name
 SECRET = b"a secret of this cluster"
 
 
-def sealed(seal: Seal, key: bytes = b"k" * 32, group: int = 1, head: int = 5, size: int = 96, seed: int = 0) -> bytearray:
+def sealed(
+    seal: Seal, key: bytes = b"k" * 32, group: int = 1, head: int = 5, size: int = 96, seed: int = 0
+) -> bytearray:
     value = bytearray(HEADER_BYTES) + random.Random(seed).randbytes(size)
     seal.write(memoryview(value), key, group, head)
     return value

@@ -98,7 +98,7 @@ requests = st.builds(
 @given(request_=requests)
 def test_valid_or_refused_with_a_field(model: ServedModel, request_: pb.GenerateRequest) -> None:
     try:
-        valid: ValidRequest | UnderstudyError = validate(request_, model, tenant="t")
+        valid: ValidRequest | UnderstudyError = validate(request_, model, salt="t")
     except (InvalidRequest, CannotResume) as error:
         valid = error
     if isinstance(valid, UnderstudyError):
