@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from workers.cache.breaker import Breaker
 from workers.cache.events import Tier
@@ -17,7 +18,7 @@ from workers.cache.rates import Rate
 from workers.cache.remote import Asked, Remote
 from workers.cache.values import Seal, value_name
 from workers.cache.wire import MISSING, OK, StoreError
-from workers.cache.worker import Box
+from workers.cache.worker import Box, Worker
 
 BATCH_BYTES = 2 << 20  # of one command at most
 BATCH_S = 0.02  # and as much as comes in this time, so that a slow store is noticed in time
@@ -39,6 +40,7 @@ class _Batch:
     items: list[Item]
     asked: Asked
     begun: float
+    states: list[int] = field(default_factory=list)
 
 
 class HostCopier:
@@ -66,9 +68,9 @@ class HostCopier:
 
 
 class Fetcher:
-    """Receives values from Redis into slots of the host tier, checks them and imports them.
+    """Receives values from Redis into slots of the host tier; checks and imports them on another thread.
 
-    The next command is sent before the reply to the last is read, so that Redis has work while values are checked.
+    The next command is sent before the reply to the last is read, so that Redis always has work.
     """
 
     def __init__(
@@ -88,6 +90,8 @@ class Fetcher:
         self._known = known
         self._remote, self._host, self._landing, self._box, self._counts = remote, host, landing, box, counts
         self._breaker, self._rate, self._seal, self._heads, self._bytes = breaker, rate, seal, heads, bytes
+        self._room = threading.Semaphore(2)  # batches that wait to be imported
+        self._lander: Worker[tuple[int, _Batch]] = Worker("store-land", self._land)
         self._received = 0.0  # when the last reply was read: the next was under way from then on
 
     def __call__(self, job: Job) -> None:
@@ -111,7 +115,9 @@ class Fetcher:
         finally:
             self._give_up(job.number, [*(pending.items if pending is not None else ()), *left])
 
-    def close(self) -> None:
+    def close(self, timeout_s: float) -> None:
+        """Once nothing is handed to it any more."""
+        self._lander.close(timeout_s)
         self._remote.close()
 
     def _ask(self, number: int, left: list[Item]) -> _Batch | None:
@@ -153,25 +159,35 @@ class Fetcher:
         return (g for g in range(len(item.slots)) if item.fetched >> g & 1)
 
     def _receive(self, number: int, batch: _Batch) -> None:
-        items = batch.items
+        """Reads a reply, and hands it on to be checked and imported while the next is read."""
         try:
-            states = self._remote.receive(batch.asked)
-            now = time.perf_counter()
-            seconds, self._received = now - max(batch.begun, self._received), now
-            size = sum(len(p) for p, s in zip(batch.asked.into, states, strict=True) if s == OK)
-            self._counts.store_loaded_bytes += size
-            self._counts.store_load_seconds += seconds
-            self._rate.add(size, seconds)
-            places = iter(zip(batch.asked.into, states, strict=True))
-            good = [item for item in items if self._verifies(item, places)]
-            took = {id(i) for i, t in zip(good, self._landing.land(number, good), strict=True) if t}
+            batch.states = self._remote.receive(batch.asked)
         except Exception:
-            self._give_up(number, items)
+            self._give_up(number, batch.items)
             raise
-        for item in items:
-            self._landing.release(item)
-            self._box.put(Arrived(number, item.fetch.index, id(item) in took, Tier.STORE))
-        self._landing.over(number, len(items))
+        now = time.perf_counter()
+        seconds, self._received = now - max(batch.begun, self._received), now
+        size = sum(len(p) for p, s in zip(batch.asked.into, batch.states, strict=True) if s == OK)
+        self._counts.store_loaded_bytes += size
+        self._counts.store_load_seconds += seconds
+        self._rate.add(size, seconds)
+        self._room.acquire()
+        self._lander.put((number, batch))
+
+    def _land(self, arrived: tuple[int, _Batch]) -> None:
+        """On the other thread: imports what verifies."""
+        number, batch = arrived
+        places = iter(zip(batch.asked.into, batch.states, strict=True))
+        took: set[int] = set()
+        try:
+            good = [item for item in batch.items if self._verifies(item, places)]
+            took = {id(i) for i, t in zip(good, self._landing.land(number, good), strict=True) if t}
+        finally:
+            self._room.release()
+            for item in batch.items:
+                self._landing.release(item)
+                self._box.put(Arrived(number, item.fetch.index, id(item) in took, Tier.STORE))
+            self._landing.over(number, len(batch.items))
 
     def _verifies(self, item: Item, places: Iterator[tuple[memoryview, int]]) -> bool:
         """Whether every head of every group is there and right; what is goes to the host tier too."""

@@ -225,4 +225,4 @@ class BlockStore:
             for worker in (self._find, self._fetch):
                 worker.close(CLOSE_S)
             self._finder.close()
-            self._fetcher.close()
+            self._fetcher.close(CLOSE_S)
