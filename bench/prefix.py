@@ -1,0 +1,407 @@
+"""The prefix store: what a prefix costs from each tier, how fast it loads, what Redis's troubles cost.
+
+    python bench/prefix.py service      # two replicas of 494 M parameters: time to first token, cold and from each tier
+    python bench/prefix.py bandwidth    # loading blocks beside a plain `recv_into` from the same Redis
+    python bench/prefix.py faults       # times to first token with the store and without, while Redis is in trouble
+    python bench/prefix.py tenants      # whether one tenant's prompts show in another's times to first token
+    python bench/prefix.py saves        # what writing through costs a step
+
+`service` runs `understudy serve --replicas 2` with a device cache of two prompts, sends prompts of a 2,048-token
+prefix, and sorts the answers by what the service itself said about where the prefix was; medians. `faults` runs two engines of
+the bundled model in one process, one with the store and one without, in turns on the same prompts. `tenants` sends the
+same prompts with two tokens, interleaved, and gives the AUC of times to first token (0.5: not told apart; ties half).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "bench"))
+UNDERSTUDY = str(Path(sys.executable).with_name("understudy"))
+PREFIX, SUFFIX = 2048, 16
+
+
+@contextmanager
+def service(*flags: str) -> Iterator[str]:
+    """A running service; its address."""
+    process = subprocess.Popen(
+        [UNDERSTUDY, "serve", "--port", "0", "--admin-port", "0", "--metrics-port", "0", *flags],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if found := re.search(r"ready on (\S+)", line):
+                threading.Thread(target=process.stdout.read, daemon=True).start()
+                yield found.group(1)
+                return
+        raise RuntimeError("the service did not start")
+    finally:
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(120)
+        process.kill()
+
+
+def first_token(client: Any, prompt: list[int]) -> tuple[float, dict[str, int]]:
+    """Seconds to the first token, and prompt tokens by where they were found."""
+    begun = time.perf_counter()
+    with client.generate(prompt, max_tokens=1, ignore_eos=True, temperature=0.0, timeout=600.0) as stream:
+        next(iter(stream))
+        seconds = time.perf_counter() - begun
+        cached = stream.info.cached_tokens
+        return seconds, {"device": cached.device, "host": cached.host, "store": cached.store}
+
+
+def run_service(arguments: argparse.Namespace) -> dict[str, Any]:
+    from serve import random_checkpoint
+
+    from understudy.client import Client
+
+    checkpoint = arguments.checkpoint or random_checkpoint()
+    rng, times = random.Random(3), {"cold": [], "device": [], "host": [], "store": []}
+    flags = ["--model", f"m={checkpoint}", "--replicas", "2", "--max-context", "2304", "--host-cache-bytes", "512MiB"]
+    with service(*flags, "--cache-bytes", "64MiB", "--heartbeat-timeout", "60") as address, Client(address) as client:
+
+        def ask(prefix: list[int]) -> None:
+            seconds, cached = first_token(client, [*prefix, *rng.choices(range(1000, 150_000), k=SUFFIX)])
+            tier = max(cached, key=lambda t: cached[t])
+            if cached[tier] == PREFIX or not any(cached.values()):
+                times[tier if cached[tier] else "cold"].append(seconds)
+            print(f"{seconds:8.3f} s  {cached}", file=sys.stderr)
+
+        prefixes: list[list[int]] = []
+        for _ in range(arguments.rounds):
+            prefix = rng.choices(range(1000, 150_000), k=PREFIX)
+            prefixes.append(prefix)
+            ask(prefix)
+            time.sleep(1.0)  # written through by then
+            for _ in range(3):
+                ask(prefix)
+        for _ in range(2):
+            for prefix in prefixes:  # long gone from the device
+                ask(prefix)
+    medians = {tier: statistics.median(found) for tier, found in times.items() if found}
+    shares = {tier: seconds / medians["cold"] for tier, seconds in medians.items()}
+    return {"seconds": times, "median": medians, "share_of_cold": shares}
+
+
+def run_bandwidth(arguments: argparse.Namespace) -> dict[str, Any]:
+    """128 blocks of the 494 M shape (24 MiB), in turns."""
+    import torch
+    from redis_server import TestRedis
+
+    from workers.cache.events import Tier
+    from workers.cache.orders import Fetch, Load, Save, StoreConfig
+    from workers.cache.store import BlockStore
+    from workers.cache.values import value_name
+    from workers.kernels.native import NativeOps
+
+    blocks, result = 128, {}
+    for kind in ("unix", "tcp"):
+        with TestRedis(tcp=kind == "tcp") as redis:
+            cache = NativeOps(torch.bfloat16, threads=os.cpu_count()).cache(24, 2 * blocks, 2, 64)
+            cache.storage.random_(0, 255)
+            store = BlockStore([cache], StoreConfig(url=redis.url, timeout_s=30.0))
+            keys = [random.Random(i).randbytes(32) for i in range(blocks)]
+            for at in range(0, blocks, 32):
+                store.apply([], [Save(keys[i], (i,)) for i in range(at, at + 32)], [])
+                while store.busy:
+                    time.sleep(0.001)
+            place = memoryview(bytearray(4 << 20))
+            names = [value_name(key, 0, head) for key in keys for head in range(2)]
+            size = len(names) * (64 + cache.value_bytes)
+            pairs = []
+            for turn in range(arguments.rounds * 4):
+                fetches = [Fetch(i, keys[i], (blocks + i,)) for i in range(blocks)]
+                begun = time.perf_counter()
+                store.apply([], [], [Load(turn, fetches[::-1])])
+                left = blocks
+                while left:
+                    store.wait(10.0)
+                    events = store.poll()
+                    assert all(e.ok for e in events)
+                    left -= len(events)
+                loaded = size / (time.perf_counter() - begun)
+                pairs.append((loaded, size / plain_receive(redis, names, cache.value_bytes + 64, place)))
+            ratios = sorted(a / b for a, b in pairs)
+            result[kind] = {
+                "load_GB_s": statistics.median(a for a, _ in pairs) / 1e9,
+                "recv_into_GB_s": statistics.median(b for _, b in pairs) / 1e9,
+                "best_load_GB_s": max(a for a, _ in pairs) / 1e9,
+                "best_recv_into_GB_s": max(b for _, b in pairs) / 1e9,
+                "ratio_median": statistics.median(ratios),
+                "reported_GB_s": store.rate(Tier.STORE) / 1e9,
+            }
+            store.close()
+    return result
+
+
+def plain_receive(redis: Any, names: list[bytes], value: int, place: memoryview) -> float:
+    """Seconds to receive the values by MGETs of about 2 MiB into one piece of memory, without looking at them."""
+    family, where = (socket.AF_INET, ("127.0.0.1", redis.port)) if redis.port else (socket.AF_UNIX, redis.socket)
+    with socket.socket(family) as wire:
+        wire.connect(where)
+        begun = time.perf_counter()
+        for at in range(0, len(names), 20):
+            some = names[at : at + 20]
+            words = b"".join(b"$%d\r\n%s\r\n" % (len(n), n) for n in (b"MGET", *some))
+            wire.sendall(b"*%d\r\n%s" % (len(some) + 1, words))
+            left = len(b"*%d\r\n" % len(some)) + len(some) * (len(b"$%d\r\n" % value) + value + 2)
+            while left:
+                left -= wire.recv_into(place[: min(left, len(place))])
+        return time.perf_counter() - begun
+
+
+class Throttle:
+    """A TCP proxy in front of a Unix socket that lets `bytes_s` through each way; None: all."""
+
+    def __init__(self, path: str) -> None:
+        self.bytes_s: float | None = None
+        self._path, self._server = path, socket.create_server(("127.0.0.1", 0))
+        self.url = f"redis://127.0.0.1:{self._server.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            with suppress(OSError):
+                near, _ = self._server.accept()
+                far = socket.socket(socket.AF_UNIX)
+                try:
+                    far.connect(self._path)
+                except OSError:
+                    near.close()
+                    continue
+                for a, b in ((near, far), (far, near)):
+                    threading.Thread(target=self._pump, args=(a, b), daemon=True).start()
+
+    def _pump(self, a: socket.socket, b: socket.socket) -> None:
+        with suppress(OSError):
+            while data := a.recv(1 << 14 if self.bytes_s else 1 << 20):
+                if self.bytes_s:
+                    time.sleep(len(data) / self.bytes_s)
+                b.sendall(data)
+        for s in (a, b):
+            with suppress(OSError):
+                s.shutdown(socket.SHUT_RDWR)
+
+
+def run_faults(arguments: argparse.Namespace) -> dict[str, Any]:
+    from redis_server import TestRedis
+
+    from workers.cache.orders import StoreConfig
+    from workers.engine import EngineConfig, Request
+    from workers.engine.build import build_engine
+
+    rng, count = random.Random(11), 0
+    redis = TestRedis(maxmemory="64mb", maxmemory_policy="allkeys-lru")
+    redis.start()
+    proxy = Throttle(redis.socket)
+
+    def engine(store: StoreConfig | None) -> Any:
+        return build_engine(EngineConfig(str(ROOT / "models" / "demo"), store=store, max_running=8))
+
+    def play(engine: Any, prompt: list[int]) -> tuple[float, list[int], tuple[int, int]]:
+        nonlocal count
+        count += 1
+        begun, first, tokens, cached = time.perf_counter(), 0.0, [], (0, 0)
+        engine.add(Request(f"r{count}", prompt, 4))
+        while engine.has_work():
+            for output in engine.step():
+                assert not output.error, output.error
+                if output.token_ids and not first:
+                    first = time.perf_counter() - begun
+                    cached = (output.cached_host, output.cached_store)
+                tokens += output.token_ids
+        return first, tokens, cached
+
+    with_store, without = engine(StoreConfig(host_bytes=0, url=proxy.url)), engine(None)
+    other = engine(StoreConfig(host_bytes=0, url=redis.url))  # fills Redis with what is asked for later
+    for e in (with_store, without, other):
+        play(e, rng.choices(range(200, 2000), k=400))
+
+    def pairs(known: bool) -> list[tuple[float, float, int]]:
+        """Half of the prompts are in Redis, where `known`."""
+        found = []
+        for i in range(arguments.pairs):
+            prompt = rng.choices(range(200, 2000), k=rng.randrange(200, 480))
+            if known and i % 2:
+                play(other, prompt)
+                while other._runner.store.busy:
+                    time.sleep(0.001)
+            turns = [(with_store, True), (without, False)]
+            rng.shuffle(turns)
+            said = {mine: play(e, prompt) for e, mine in turns}
+            assert said[True][1] == said[False][1]
+            found.append((said[True][0], said[False][0], said[True][2][1]))
+        return found
+
+    def full(on: bool) -> None:
+        client = redis.client()
+        client.config_set("maxmemory-policy", "noeviction" if on else "allkeys-lru")
+        client.config_set("maxmemory", 1 if on else 64 << 20)
+        client.close()
+
+    def stall() -> None:
+        redis.signal(signal.SIGSTOP)
+        threading.Timer(5.0, lambda: redis.signal(signal.SIGCONT)).start()
+
+    def load() -> Callable[[], None]:
+        """Others keep Redis busy."""
+        stop = threading.Event()
+        code = (
+            "import redis,sys; c=redis.Redis(unix_socket_path=sys.argv[1]); v=b'x'*100000\n"
+            "while True: c.mset({f'{i}':v for i in range(20)}); c.mget([f'{i}' for i in range(20)])"
+        )
+        child = subprocess.Popen([sys.executable, "-c", code, redis.socket])
+        return lambda: (stop.set(), child.kill(), child.wait())[0]
+
+    results: dict[str, Any] = {}
+
+    def record(name: str, known: bool = False) -> None:
+        found = pairs(known)
+        mine, plain = sorted(a for a, _, _ in found), sorted(b for _, b, _ in found)
+        at = lambda xs, q: xs[min(len(xs) - 1, int(q * len(xs)))]  # noqa: E731
+        ratios = sorted(a / b for a, b, _ in found)
+        results[name] = {
+            "pairs": len(found), "hits": sum(1 for _, _, t in found if t),
+            "p50_ratio": at(mine, 0.5) / at(plain, 0.5), "p95_ratio": at(mine, 0.95) / at(plain, 0.95),
+            "median_of_ratios": at(ratios, 0.5), "p50_ms_without": 1e3 * at(plain, 0.5),
+        }  # fmt: skip
+        print(name, results[name], file=sys.stderr)
+
+    record("healthy, nothing known")
+    record("healthy, half known", known=True)
+    stop = load()
+    record("under load")
+    stop()
+    full(True)
+    record("full")
+    full(False)
+    proxy.bytes_s = 5e6
+    record("5 MB/s", known=True)
+    proxy.bytes_s = None
+    stall()
+    record("stalled for 5 s")
+    time.sleep(5.0)
+    redis.kill()
+    record("stopped")
+    redis.start()
+    record("restarted, empty")
+    time.sleep(5.0)
+    record("healthy again, half known", known=True)
+    results["counts"] = {
+        k: v for k, v in ((n, getattr(with_store.stats(), n)) for n in with_store.stats().__struct_fields__)
+        if k.startswith("store")
+    }  # fmt: skip
+    for e in (with_store, without, other):
+        e.close()
+    redis.__exit__()
+    return results
+
+
+def auc(hits: list[float], others: list[float]) -> float:
+    """The chance that a hit is sooner than another, ties half."""
+    ranked = sorted([(x, 0) for x in hits] + [(x, 1) for x in others])
+    wins = below = 0.0
+    at = 0
+    while at < len(ranked):
+        end = at
+        while end < len(ranked) and ranked[end][0] == ranked[at][0]:
+            end += 1
+        same = ranked[at:end]
+        mine, theirs = sum(1 for _, k in same if k == 0), sum(1 for _, k in same if k == 1)
+        wins += theirs * (below + mine / 2)
+        below += mine
+        at = end
+    return wins / (len(hits) * len(others))
+
+
+def run_tenants(arguments: argparse.Namespace) -> dict[str, Any]:
+    from understudy.client import Client
+
+    rng = random.Random(17)
+    tokens = Path(tempfile.mkdtemp()) / "tokens"
+    tokens.write_text("a red\nb blue\n")
+    times: dict[str, list[float]] = {"others' hit": [], "no hit": [], "own hit": []}
+    with service("--tokens", str(tokens)) as address, Client(address, token="a") as a, Client(address, token="b") as b:
+        for _ in range(arguments.tries):
+            known, fresh = (rng.choices(range(200, 2000), k=320) for _ in range(2))
+            first_token(a, known)
+            turns = [("others' hit", known, b), ("no hit", fresh, b), ("own hit", known, a)]
+            rng.shuffle(turns)
+            for name, prompt, client in turns:
+                times[name].append(first_token(client, prompt)[0])
+    return {
+        "tries_per_class": arguments.tries,
+        "auc_between_tenants": auc(times["others' hit"], times["no hit"]),
+        "auc_within_a_tenant": auc(times["own hit"], times["no hit"]),
+        "median_ms": {name: 1e3 * statistics.median(found) for name, found in times.items()},
+    }
+
+
+def run_saves(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of the engine's thread to copy out what a step has filled, of the 494 M shape."""
+    import torch
+    from redis_server import TestRedis
+
+    from workers.cache.orders import Save, StoreConfig
+    from workers.cache.store import BlockStore
+    from workers.kernels.native import NativeOps
+
+    with TestRedis() as redis:
+        cache = NativeOps(torch.bfloat16, threads=os.cpu_count()).cache(24, 64, 2, 64)
+        cache.storage.random_(0, 255)
+        store, result, rng = BlockStore([cache], StoreConfig(url=redis.url)), {}, random.Random(1)
+        for blocks in (1, 32):
+            found = []
+            for _ in range(50):
+                saves = [Save(rng.randbytes(32), (i,)) for i in range(blocks)]
+                begun = time.thread_time()
+                wall = time.perf_counter()
+                store.apply([], saves, [])
+                found.append((time.perf_counter() - wall, time.thread_time() - begun))
+                while store.busy:
+                    time.sleep(0.001)
+            result[f"{blocks} blocks"] = {"ms": 1e3 * statistics.median(w for w, _ in found)}
+        store.close()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["service", "bandwidth", "faults", "tenants", "saves"])
+    parser.add_argument("--checkpoint", type=Path, help="of `service`: another one of that shape")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--tries", type=int, default=2000)
+    parser.add_argument("--json", type=Path, help="where the results go")
+    arguments = parser.parse_args()
+    run = {"service": run_service, "bandwidth": run_bandwidth, "faults": run_faults, "tenants": run_tenants}
+    results = (run | {"saves": run_saves})[arguments.what](arguments)
+    text = json.dumps(results, indent=2)
+    print(text)
+    if arguments.json:
+        arguments.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
