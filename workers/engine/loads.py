@@ -28,6 +28,7 @@ from workers.engine.plan import StepPlan
 from workers.engine.sequence import Sequence
 
 PATIENCE = 0.05  # of the time that computing would take: how long nothing may come before rows are computed
+WORTH = 1 / 8  # of what is being loaded: fewer rows are not computed meanwhile, for they would only slow it
 COMPUTE_TOKENS_S = 1000.0  # until the first prompt was computed
 FIRST_BYTES = 2 << 20  # what may come at once: after so many bytes something must have been heard
 FILLED = (
@@ -112,7 +113,7 @@ class Loads:
         if load.pending and now < load.until:
             loading = gap / max(1e-9, self._left_s(load, now))  # tokens per second
             own = gap * self.compute.value / (self.compute.value + loading)
-            if own < tokens:
+            if own < max(tokens, WORTH * gap):
                 return 0
             rows = min(rows, -(-(at + int(own)) // tokens) * tokens - at)
         self._raise_floor(load, -(-(at + rows) // tokens), overdue=now >= load.until)
