@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import msgspec
 
 from understudy.errors import Unavailable, UnderstudyError
+from workers.cache.events import Changes
 from workers.engine import Engine, EngineConfig, EngineInfo, EngineStats, Request, StepOutput
 from workers.engine.loop import EngineLoop
 from workers.experts.placement import DispatchReport, HostsView
@@ -53,7 +54,8 @@ WireFactory = Callable[[EngineLoop], WireServer]
 
 class LeaderReport(msgspec.Struct, frozen=True):
     """A leader as its supervisor sees it. `done` is the share of `stage` in [0, 1]; `step_age_s` is how long the
-    step under way has been running, in seconds; `error` is set where `stage` is failed."""
+    step under way has been running, in seconds; `error` is set where `stage` is failed. `changes` of its cache are
+    there where they were asked for."""
 
     stage: Stage
     done: float
@@ -68,6 +70,7 @@ class LeaderReport(msgspec.Struct, frozen=True):
     error: str = ""
     experts: DispatchReport | None = None  # where its experts are elsewhere
     ranks: tuple[tuple[int, str], ...] = ()  # process id and node of rank 1 and the following, where there are some
+    changes: Changes | None = None
 
 
 class RankReport(msgspec.Struct, frozen=True):
@@ -143,11 +146,11 @@ class Leader:
         self._group = join(meeting, 0, self._config.device)
         return self._build(self._config, self._progress, self._group)
 
-    async def report(self) -> LeaderReport:
-        """What is known right now; quick."""
-        return self.report_now()
+    async def report(self, wanted: int | None = None) -> LeaderReport:
+        """What is known right now, and the cache's changes from number `wanted` on; quick."""
+        return self.report_now(wanted)
 
-    def report_now(self) -> LeaderReport:
+    def report_now(self, wanted: int | None = None) -> LeaderReport:
         loop, error = self._loop, self._error
         report = LeaderReport(self._stage, self._done, os.getpid(), self._address)
         if error is not None:
@@ -163,6 +166,7 @@ class Leader:
             wedged=loop.wedged,
             gateways=len(self._wire.gateways) if self._wire is not None else 0,
             experts=self._experts.report() if self._experts is not None else None,
+            changes=None if wanted is None else loop.journal.since(wanted),
         )
 
     async def place_experts(self, view: bytes) -> None:

@@ -42,9 +42,13 @@ def block_keys(root: bytes, tokens: Sequence[int], block_tokens: int) -> list[by
 
 def extend_keys(keys: list[bytes], root: bytes, tokens: Sequence[int], block_tokens: int) -> None:
     """Appends the keys of the full blocks of `tokens` that `keys` lacks."""
-    parent = keys[-1] if keys else root
-    for start in range(len(keys) * block_tokens, len(tokens) - block_tokens + 1, block_tokens):
-        parent = child_key(parent, tokens[start : start + block_tokens])
+    parent, had = keys[-1] if keys else root, len(keys)
+    full = len(tokens) // block_tokens
+    if full <= had:
+        return
+    data, size = _little_endian(tokens[had * block_tokens : full * block_tokens]), 4 * block_tokens
+    for start in range(0, len(data), size):
+        parent = sha256(parent + data[start : start + size]).digest()
         keys.append(parent)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from workers.cache.blocks import BlockPool
+from workers.cache.events import Observer
 from workers.cache.keys import extend_keys
 from workers.cache.orders import Fetch, Save
 from workers.cache.prefix_tree import ABSENT, PrefixTree, reach
@@ -40,10 +41,16 @@ class CacheManager:
     """Owns every block of every cache group.
 
     `blocks[g]` is the number of blocks of group g and `windows[g]` the positions that its layers see (None: all).
+    `observer` hears which blocks are on the device: see `PrefixTree`.
     """
 
     def __init__(
-        self, blocks: Sequence[int], windows: Sequence[int | None], block_tokens: int, prefix_cache: bool = True
+        self,
+        blocks: Sequence[int],
+        windows: Sequence[int | None],
+        block_tokens: int,
+        prefix_cache: bool = True,
+        observer: Observer | None = None,
     ) -> None:
         if len(blocks) != len(windows) or not blocks:
             raise ValueError(f"{len(blocks)} block counts for {len(windows)} cache groups; there must be one for each")
@@ -51,7 +58,7 @@ class CacheManager:
         self.windows = tuple(windows)
         self.prefix_cache = prefix_cache
         self._pools = [BlockPool(count) for count in blocks]
-        self._tree = PrefixTree(len(blocks))
+        self._tree = PrefixTree(len(blocks), observer, [g for g, window in enumerate(windows) if window is None])
         # A row sees `window` positions, itself among them: those before it reach into at most this many blocks.
         self._needed = [None if w is None else -(-(w - 1) // block_tokens) for w in windows]
         self._tables = 0

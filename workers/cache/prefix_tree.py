@@ -4,6 +4,10 @@ The tree is implied: a key names its whole prefix, so a flat table is enough, an
 those who want to tell others. Presence is per cache group: a group whose layers have a sliding window may have given
 a block back that another group still has.
 
+What is told to an observer is of the full-attention groups: a block is on the device while every one of those has it
+(of a model that has none, while every group has it). A windowed group only needs the last few blocks before the next
+row; where it has given those back, a hit is shorter than was told, and no answer depends on that.
+
 Why eviction takes leaves first without looking for them: a sequence that holds a block of a full-attention group
 holds its ancestors too and releases a table from its end, so whoever is least recently released has no descendants
 left. (A windowed group needs no ancestors at all.)
@@ -13,6 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from workers.cache.events import Observer, Tier
 
 ABSENT = -1
 
@@ -26,10 +32,15 @@ class Node:
 
 
 class PrefixTree:
-    """Block keys to block ids, for `groups` cache groups. Knows nothing of references: see `BlockPool`."""
+    """Block keys to block ids, for `groups` cache groups. Knows nothing of references: see `BlockPool`.
 
-    def __init__(self, groups: int) -> None:
+    `observer` hears which blocks the groups `told` (all, unless said otherwise) have, and have no more.
+    """
+
+    def __init__(self, groups: int, observer: Observer | None = None, told: Sequence[int] = ()) -> None:
         self._groups = groups
+        self._observer = observer
+        self._told = tuple(told) or tuple(range(groups))
         self._nodes: dict[bytes, Node] = {}
         self._key_of: list[dict[int, bytes]] = [{} for _ in range(groups)]
 
@@ -51,11 +62,15 @@ class PrefixTree:
             raise ValueError(f"group {group} already has this key in block {node.blocks[group]}")
         node.blocks[group] = block
         self._key_of[group][block] = key
+        if self._observer is not None and group in self._told and self._on_device(node):
+            self._observer(Tier.DEVICE, True, key)
 
     def forget(self, block: int, group: int) -> None:
         """The block's content is about to be overwritten."""
         key = self._key_of[group].pop(block)
         node = self._nodes[key]
+        if self._observer is not None and group in self._told and self._on_device(node):
+            self._observer(Tier.DEVICE, False, key)
         node.blocks[group] = ABSENT
         if all(b == ABSENT for b in node.blocks):
             del self._nodes[key]
@@ -67,6 +82,9 @@ class PrefixTree:
         the largest for which every group has its last min(m, needed) blocks of keys[:m].
         """
         return reach(len(keys), needed, lambda i, group: self.find(keys[i], group) != ABSENT)
+
+    def _on_device(self, node: Node) -> bool:
+        return all(node.blocks[group] != ABSENT for group in self._told)
 
     def blocks(self, group: int) -> dict[int, bytes]:
         """All known blocks of a group and their keys (a view: do not change it)."""

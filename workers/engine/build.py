@@ -42,6 +42,7 @@ def build_engine(
 
     import numpy as np
 
+    from workers.cache.events import Journal
     from workers.cache.manager import CacheManager
     from workers.engine.core import EngineCore
     from workers.engine.runner import Runner
@@ -65,14 +66,17 @@ def build_engine(
         max_running=max_running,
         chunk_tokens=chunk_tokens,
         layers=its.layers,
+        long_prompt=its.long_prompt or 0,
     )
-    cache = CacheManager(its.blocks, its.windows, BLOCK, config.prefix_cache)
+    journal = Journal()
+    cache = CacheManager(its.blocks, its.windows, BLOCK, config.prefix_cache, journal.record)
     formats = CheckpointFormats(Path(config.model_dir), its.vocab_size)
     proposer = make_proposer(config, its, chunk_tokens)
     runner.store = open_store(config, runner)
     return EngineCore(
-        runner, info, cache, runner.ops, formats, proposer, config.draft_tokens, its.long_prompt, runner.store
-    )
+        runner, info, cache, runner.ops, formats, proposer, config.draft_tokens, its.long_prompt, runner.store,
+        journal=journal,
+    )  # fmt: skip
 
 
 def open_store(config: EngineConfig, runner: Runner) -> BlockStore | None:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import msgspec
 
+from workers.cache.events import Journal
 from workers.cache.orders import StoreConfig
 from workers.experts.placement import ExpertsPlan
 
@@ -180,7 +181,8 @@ class StepOutput(msgspec.Struct, array_like=True, tag=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """What an engine is, told once. `layers` is 0 where nobody says."""
+    """What an engine is, told once. `layers` is 0 where nobody says. Prompts of more than `long_prompt` tokens (0: no
+    such bound) are computed otherwise, and share no blocks with shorter ones."""
 
     model: str
     model_fingerprint: str
@@ -195,10 +197,17 @@ class EngineInfo(msgspec.Struct, frozen=True):
     max_running: int
     chunk_tokens: int
     layers: int = 0
+    long_prompt: int = 0
 
 
 class EngineStats(msgspec.Struct):
-    """Counts at one moment; those without a present tense run since the start."""
+    """Counts at one moment; those without a present tense run since the start.
+
+    `waiting_prefill_tokens` are of all prompts not yet computed; `..._normal` of those with priority 0 and more,
+    `..._urgent` above 0. `hit_tokens` were found on the device; the others' came from the host's memory and from the
+    shared store, in addition. `prefill_rows` are rows of steps that computed prompts, decoders' among them, and
+    `prefill_seconds` how long those steps took.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -213,6 +222,10 @@ class EngineStats(msgspec.Struct):
     preemptions: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    waiting_prefill_normal: int = 0
+    waiting_prefill_urgent: int = 0
+    prefill_rows: int = 0
+    prefill_seconds: float = 0.0
     host_hit_tokens: int = 0
     store_hit_tokens: int = 0
     host_loaded_bytes: int = 0
@@ -269,6 +282,10 @@ class Engine(Protocol):
 
     @property
     def info(self) -> EngineInfo: ...
+
+    @property
+    def journal(self) -> Journal:
+        """Which blocks it has, as the router is told. Read from any thread."""
 
     def add(self, request: Request) -> None:
         """Queues a sequence. Its id is not in use. Never blocks, never fails for want of room: it waits."""

@@ -8,6 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol
 
+from workers.cache.events import Journal
 from workers.cache.keys import root_key
 from workers.cache.manager import CacheManager
 from workers.cache.orders import StorePort
@@ -66,7 +67,8 @@ class EngineCore:
     `formats` opens grammars: without one, a request that has a grammar ends with ERROR. `proposer` guesses tokens, at
     most `draft_tokens` per sequence and step. Both are closed by whoever made them, but the proposer, with the engine.
     Prompts of more than `long_prompt` tokens are computed otherwise, and share no blocks with others. `store` is what
-    lies behind the cache, closed with the engine; `patience` see `workers.engine.loads`.
+    lies behind the cache, closed with the engine; `patience` see `workers.engine.loads`. `journal` is what the cache
+    tells of itself.
     """
 
     def __init__(
@@ -81,10 +83,11 @@ class EngineCore:
         long_prompt: int | None = None,
         store: StorePort | None = None,
         patience: float | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self._runner = runner
         self._info, self._long_prompt = info, long_prompt
-        self._cache = cache
+        self._cache, self._journal = cache, journal if journal is not None else Journal()
         self._sampler = Sampler(ops)
         self._scheduler = Scheduler(cache, info.max_running, info.chunk_tokens, store, patience)
         self._loads = self._scheduler.loads
@@ -107,6 +110,10 @@ class EngineCore:
     def experts(self) -> Dispatcher | None:
         """Who sends rows to experts that are elsewhere."""
         return getattr(self._runner, "experts", None)
+
+    @property
+    def journal(self) -> Journal:
+        return self._journal
 
     def step(self) -> list[SequenceOutput]:
         if self._opening:

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from workers.cache.events import Journal, Tier
+from workers.cache.keys import block_keys, root_key
 from workers.engine.contract import (
     Candidate,
     EngineInfo,
@@ -99,6 +101,7 @@ class FakeEngine:
         self._ended: list[SequenceOutput] = []  # cancelled or refused, told by the next step
         self._families: dict[tuple[str, str], int] = {}  # what the first member found cached; while work is there
         self._cached: dict[bytes, None] = {}  # block keys, oldest first
+        self._journal = Journal()
         self._stats = EngineStats()
         self._failures: list[Exception] = []
         self._poison: dict[str, str] = {}
@@ -107,6 +110,10 @@ class FakeEngine:
     @property
     def info(self) -> EngineInfo:
         return self._info
+
+    @property
+    def journal(self) -> Journal:
+        return self._journal
 
     # Failures on demand.
 
@@ -154,8 +161,11 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         s = self._stats
         s.running, s.waiting = len(self._running), len(self._waiting)
-        waiting = sum(len(r.prompt) for r in self._waiting.values())
-        s.waiting_prefill_tokens = waiting + sum(r.left for r in self._running.values() if not r.reported)
+        left = [(r.priority, len(r.prompt)) for r in self._waiting.values()]
+        left += [(r.request.priority, r.left) for r in self._running.values() if not r.reported]
+        s.waiting_prefill_tokens = sum(n for _, n in left)
+        s.waiting_prefill_normal = sum(n for priority, n in left if priority >= 0)
+        s.waiting_prefill_urgent = sum(n for priority, n in left if priority > 0)
         s.blocks_in_use = sum(len(r.request.prompt) + r.made for r in self._running.values()) // BLOCK_TOKENS
         s.blocks_cached = len(self._cached)
         return s
@@ -204,11 +214,9 @@ class FakeEngine:
 
     def _blocks(self, request: Request) -> list[bytes]:
         """Keys of the full blocks of a prompt, each over its parent; the last token is always left to compute."""
-        keys, parent = [], request.cache_salt.encode()
-        for end in range(BLOCK_TOKENS, len(request.prompt), BLOCK_TOKENS):
-            parent = hashlib.blake2b(parent + repr(request.prompt[end - BLOCK_TOKENS : end]).encode()).digest()
-            keys.append(parent)
-        return keys
+        info = self._info
+        root = root_key(info.model_fingerprint, info.dtype, info.numerics_id, request.cache_salt)
+        return block_keys(root, request.prompt[:-1], BLOCK_TOKENS)
 
     def _schedule(self) -> tuple[int, list[_Running]]:
         """Rows of this step, and who gets a token from it: decoding first, then prefills share the rest."""
@@ -230,9 +238,12 @@ class FakeEngine:
             sequence.reported, output.cached_tokens = True, sequence.cached
             if request.prompt_logprobs is not None:
                 output.prompt_logprobs = [self._logprob(t, request.prompt_logprobs) for t in request.prompt[1:]]
-            self._cached.update(dict.fromkeys(sequence.blocks))
+            for key in sequence.blocks:
+                self._cached[key] = None
+                self._journal.record(Tier.DEVICE, True, key)
             while len(self._cached) > self._info.blocks:
-                del self._cached[next(iter(self._cached))]
+                del self._cached[oldest := next(iter(self._cached))]
+                self._journal.record(Tier.DEVICE, False, oldest)
         reason = self._poisoned(request.id)
         if reason is not None:
             output.finish, output.error = FinishReason.ERROR, reason

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import msgspec
 
 from understudy.errors import InvalidRequest, Unavailable
+from workers.cache.events import Journal
 from workers.engine.contract import (
     Engine,
     EngineInfo,
@@ -116,6 +117,11 @@ class EngineLoop:
     @property
     def info(self) -> EngineInfo:
         return self._engine.info
+
+    @property
+    def journal(self) -> Journal:
+        """Which blocks the engine has; read from any thread."""
+        return self._engine.journal
 
     def attach(self, sink: Sink) -> Session:
         """A new session. Per step, `sink` gets one StepOutput with all of this session's tokens, on the engine
@@ -242,9 +248,19 @@ class EngineLoop:
         """Runs one step, where there is work, and hands every session its share."""
         outputs = self._engine.step() if self._engine.has_work() else []
         self._step += 1
-        self._busy_since = self._clock()
-        self._stats = msgspec.structs.replace(self._engine.stats())
+        began, self._busy_since = self._busy_since, self._clock()
+        self._stats = self._measured(self._busy_since - (began or self._busy_since))
         self._deliver(outputs)
+
+    def _measured(self, seconds: float) -> EngineStats:
+        """The engine's counts after a step that took so long, and how fast prompts are computed."""
+        stats, before = msgspec.structs.replace(self._engine.stats()), self._stats
+        stats.prefill_rows, stats.prefill_seconds = before.prefill_rows, before.prefill_seconds
+        prompts = stats.computed_prompt_tokens - before.computed_prompt_tokens
+        if prompts > 0:
+            stats.prefill_rows += prompts + stats.generated_tokens - before.generated_tokens
+            stats.prefill_seconds += seconds
+        return stats
 
     def _apply(self) -> None:
         with self._lock:

@@ -35,6 +35,11 @@ DRAFTED_ROWS = 32
 _rank = attrgetter("rank")
 
 
+def _class(sequence: Sequence) -> int:
+    """0 below priority 0, 1 at it, 2 above."""
+    return (sequence.request.priority >= 0) + (sequence.request.priority > 0)
+
+
 class Scheduler:
     """Waiting and running sequences, and their blocks.
 
@@ -65,7 +70,7 @@ class Scheduler:
         self.loads: Loads | None = None
         if store is not None:
             self.loads = Loads(store, cache, self.counts, patience=PATIENCE if patience is None else patience)
-        self._waiting_tokens = 0
+        self._waiting_tokens = [0, 0, 0]  # by class of priority
         self._windowed = any(window is not None for window in cache.windows)
         self.planned: list[Sequence] = []  # whose chunks the latest plan holds, in its order
         self._preempted = False  # in the step being planned
@@ -95,7 +100,7 @@ class Scheduler:
             sequence.running = False
         else:
             self.waiting.remove(sequence)
-            self._waiting_tokens -= len(sequence.tokens)
+            self._waiting_tokens[_class(sequence)] -= len(sequence.tokens)
         if sequence.family is not None:
             self.families.leave(sequence, sequence.family)
         self.cache.close(sequence.table)
@@ -172,7 +177,12 @@ class Scheduler:
         """Counts at this moment. The same object every time: copy what must not change."""
         counts = self.counts
         counts.running, counts.waiting = len(self.running), len(self.waiting)
-        counts.waiting_prefill_tokens = self._waiting_tokens + sum(s.left for s in self.running if s.left > 1)
+        left = list(self._waiting_tokens)
+        for sequence in self.running:
+            if sequence.left > 1:
+                left[_class(sequence)] += sequence.left
+        counts.waiting_prefill_tokens, counts.waiting_prefill_urgent = sum(left), left[2]
+        counts.waiting_prefill_normal = left[1] + left[2]
         counts.blocks_in_use, counts.blocks_cached = self.cache.blocks_in_use, self.cache.blocks_kept
         return counts
 
@@ -224,7 +234,7 @@ class Scheduler:
 
     def _wait(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_rank)
-        self._waiting_tokens += len(sequence.tokens)
+        self._waiting_tokens[_class(sequence)] += len(sequence.tokens)
 
     def _admit(self) -> Sequence | None:
         """Lets the first waiting sequence run if there is room; not in a step that had to preempt."""
@@ -251,7 +261,7 @@ class Scheduler:
             self.cache.free(sequence.table)
             return None
         del self.waiting[place]
-        self._waiting_tokens -= len(sequence.tokens)
+        self._waiting_tokens[_class(sequence)] -= len(sequence.tokens)
         insort(self.running, sequence, key=_rank)
         sequence.running, sequence.computed = True, hit
         if sequence.cached is None:
