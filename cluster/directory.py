@@ -44,14 +44,16 @@ class DirectoryActor(RouterActor):
     async def claim(self, model: str, holder: str, processes: bytes) -> bytes:
         return _encode(self._roster.claim(model, holder, _processes.decode(processes)))
 
-    async def announce(self, member: bytes, report: bytes, node: str) -> bool:
-        """Keeps the roster, and tells the router what follows: register, beat, drain or forget."""
+    async def announce(self, member: bytes, report: bytes, node: str) -> int:
+        """Keeps the roster, and tells the router what follows: register, beat, drain or forget. The number of the
+        cache's change that is wanted next; -1 where the place has a newer life."""
         said = _member.decode(member)
         if not self._roster.announce(said):
-            return False
-        if said.claim is not None:
-            self._tell_router(said.claim, said.stage, _report.decode(report) if report else None, node)
-        return True
+            return -1
+        if said.claim is None:
+            return 0
+        self._tell_router(said.claim, said.stage, _report.decode(report) if report else None, node)
+        return self._router.wanted(said.claim.replica, said.claim.epoch)
 
     async def leave(self, holder: str, claim: bytes) -> None:
         self._roster.leave(holder)
@@ -83,9 +85,9 @@ class DirectoryActor(RouterActor):
         if stage == "failed":
             router.unregister(place.replica, place.epoch)
         elif stage in ("ready", "draining") and report is not None and report.info is not None:
-            if not router.beat(place.replica, place.epoch, report.stats):
+            if not router.beat(place.replica, place.epoch, report.stats, report.changes):
                 router.register(place.replica, report.address, place.epoch, report.info, node)
-                router.beat(place.replica, place.epoch, report.stats)
+                router.beat(place.replica, place.epoch, report.stats, report.changes)
             if stage == "draining":
                 router.drain(place.replica, place.epoch)
 
@@ -97,10 +99,10 @@ class Directory(RayRouter):
         """See `Roster.claim`."""
         return _claim.decode(await self._ask(self.handle.claim.remote(model, holder, _encode(processes))))
 
-    async def announce(self, member: Member, report: LeaderReport | None, node: str) -> bool:
+    async def announce(self, member: Member, report: LeaderReport | None, node: str) -> int:
         """See `DirectoryActor.announce`."""
         told = _encode(report) if report is not None else b""
-        return bool(await self._ask(self.handle.announce.remote(_encode(member), told, node)))
+        return int(await self._ask(self.handle.announce.remote(_encode(member), told, node)))
 
     async def leave(self, holder: str, claim: Claim | None) -> None:
         """See `Roster.leave`."""

@@ -66,8 +66,8 @@ class RayLeader:
         report: LeaderReport = await self._call(self._handle.start, meeting)
         return report
 
-    async def report(self) -> LeaderReport:
-        report: LeaderReport = await self._call(self._handle.report)
+    async def report(self, wanted: int | None = None) -> LeaderReport:
+        report: LeaderReport = await self._call(self._handle.report, wanted)
         return report
 
     async def drain(self, seconds: float) -> bool:

@@ -32,7 +32,8 @@ class LeaderPort(Protocol):
 
     async def start(self) -> LeaderReport: ...
 
-    async def report(self) -> LeaderReport: ...
+    async def report(self, wanted: int | None = None) -> LeaderReport:
+        """With the cache's changes from number `wanted` on."""
 
     async def drain(self, seconds: float) -> bool: ...
 
@@ -60,8 +61,9 @@ class RouterLink(Protocol):
 
     async def claim(self, model: str, holder: str, processes: tuple[ProcessInfo, ...]) -> Claim: ...
 
-    async def announce(self, member: Member, report: LeaderReport | None, node: str) -> bool:
-        """Registers a ready replica, beats for it, or lets it drain. False where its place has a newer life."""
+    async def announce(self, member: Member, report: LeaderReport | None, node: str) -> int:
+        """Registers a ready replica, beats for it, or lets it drain. Which of its cache's changes is wanted next;
+        negative where its place has a newer life."""
 
     async def leave(self, holder: str, claim: Claim | None) -> None: ...
 
@@ -96,6 +98,7 @@ class Supervisor:
         self._leader: LeaderPort | None = None
         self._leader_pid = 0
         self._lost = ""
+        self._wanted = 0  # the first change of the leader's cache that the router does not know
         self.claim: Claim | None = None
         self.report: LeaderReport | None = None
 
@@ -228,7 +231,7 @@ class Supervisor:
             raise ConnectionError("it was not started, or has been stopped")
         try:
             async with asyncio.timeout(self._silence_s):
-                self.report = await self._leader.report()
+                self.report = await self._leader.report(self._wanted)
         except TimeoutError:
             raise ConnectionError(f"no answer for {self._silence_s:g} s") from None
         await self._announce()
@@ -236,7 +239,8 @@ class Supervisor:
     async def _announce(self) -> None:
         """A router that cannot be reached is not this replica's fault: it is told again with the next beat."""
         try:
-            if not await self._router.announce(self._member(), self.report, self._node):
+            self._wanted = await self._router.announce(self._member(), self.report, self._node)
+            if self._wanted < 0:
                 self._lost = "another replica holds this place"
         except ConnectionError as error:
             log.warning("the router does not answer: %s", error)

@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 import msgspec
 
 from router.admission import Limits
-from router.state import Assignment, Query, ReplicaView, Router
+from router.state import Assignment, Query, ReplicaView, Router, RouterFigures
 from understudy.errors import FROM_KIND, InternalError, Overloaded, UnderstudyError
+from workers.cache.events import Changes
 from workers.engine import EngineInfo, EngineStats
 
 ACTOR_NAME = "understudy-router"
@@ -52,6 +53,7 @@ class Report(msgspec.Struct, frozen=True):
     replica: str
     epoch: int
     stats: EngineStats
+    changes: Changes | None = None
 
 
 _encode = msgspec.msgpack.encode
@@ -59,6 +61,7 @@ _query = msgspec.msgpack.Decoder(Query)
 _reply = msgspec.msgpack.Decoder(Granted | Refusal)
 _registration = msgspec.msgpack.Decoder(Registration)
 _report = msgspec.msgpack.Decoder(Report)
+_figures = msgspec.msgpack.Decoder(RouterFigures)
 _views = msgspec.msgpack.Decoder(list[ReplicaView])
 
 
@@ -85,7 +88,10 @@ class RouterActor:
 
     async def beat(self, report: bytes) -> bool:
         r = _report.decode(report)
-        return self._router.beat(r.replica, r.epoch, r.stats)
+        return self._router.beat(r.replica, r.epoch, r.stats, r.changes)
+
+    async def wanted(self, replica: str, epoch: int) -> int:
+        return self._router.wanted(replica, epoch)
 
     async def drain(self, replica: str, epoch: int) -> None:
         self._router.drain(replica, epoch)
@@ -105,6 +111,9 @@ class RouterActor:
 
     async def snapshot(self) -> bytes:
         return _encode(self._router.snapshot())
+
+    async def figures(self) -> bytes:
+        return _encode(self._router.figures())
 
     async def pid(self) -> int:
         """The actor's process, for operators."""
@@ -180,9 +189,13 @@ class RayRouter:
         message = _encode(Registration(replica, address, epoch, info, node))
         return bool(await self._ask(self._handle.register.remote(message)))
 
-    async def beat(self, replica: str, epoch: int, stats: EngineStats) -> bool:
+    async def beat(self, replica: str, epoch: int, stats: EngineStats, changes: Changes | None = None) -> bool:
         """See `Router.beat`."""
-        return bool(await self._ask(self._handle.beat.remote(_encode(Report(replica, epoch, stats)))))
+        return bool(await self._ask(self._handle.beat.remote(_encode(Report(replica, epoch, stats, changes)))))
+
+    async def wanted(self, replica: str, epoch: int) -> int:
+        """See `Router.wanted`."""
+        return int(await self._ask(self._handle.wanted.remote(replica, epoch)))
 
     async def drain(self, replica: str, epoch: int) -> None:
         """See `Router.drain`."""
@@ -207,6 +220,10 @@ class RayRouter:
     async def replicas(self) -> list[ReplicaView]:
         """See `Router.snapshot`."""
         return _views.decode(await self._ask(self._handle.snapshot.remote()))
+
+    async def figures(self) -> RouterFigures:
+        """See `Router.figures`."""
+        return _figures.decode(await self._ask(self._handle.figures.remote()))
 
     async def pid(self) -> int:
         """The actor's process id."""

@@ -183,7 +183,8 @@ class MemoryRouter:
             raise ConnectionError("the router is gone")
         for name, replica in self.fakes.items():
             if not (self.deaf or replica.dead or replica.silent):
-                self.router.beat(name, replica.epoch, replica.loop.stats())
+                changes = replica.loop.journal.since(self.router.wanted(name, replica.epoch))
+                self.router.beat(name, replica.epoch, replica.loop.stats(), changes)
 
     async def assign(self, query: Query) -> Assignment:
         self._beat()

@@ -6,9 +6,11 @@ import logging
 import random
 from collections.abc import Collection, Sequence
 
+import msgspec
+
 from router.channels import ChannelPool, Link
 from router.clock import Clock
-from router.policy import Candidate, choose_of_two
+from router.policy import choose_of_two
 from router.state import Assignment, Query, ReplicaView, RouterPort, State
 from understudy.errors import ModelNotFound, Unavailable
 
@@ -33,12 +35,11 @@ class LocalRouter:
         }
         if not links:
             raise Unavailable(f"no replica of {query.model!r} can be reached; try again shortly")
-        candidates = [
-            # Our own streams may be newer than the last beat.
-            Candidate(n, max(k.stats.running, k.attempts), k.stats.waiting, k.stats.waiting_prefill_tokens)
-            for n, k in links.items()
-        ]
-        chosen = choose_of_two(candidates, query.prompt_tokens, self._rng).replica
+        names = list(links)
+        # Our own streams may be newer than the last beat.
+        stats = [msgspec.structs.replace(k.stats, running=max(k.stats.running, k.attempts)) for k in links.values()]
+        infos = [k.info for k in links.values()]
+        chosen = names[choose_of_two(stats, infos, query.prompt_tokens, self._rng)]
         return Assignment(chosen, self.addresses.get(chosen, ""), links[chosen].epoch, LOCAL_LEASE)
 
     @staticmethod

@@ -1,11 +1,23 @@
-"""Which replica takes a request: pure functions of what is known. A simulation runs the same code.
+"""Which replica takes a request: pure functions of what is known. A simulation of a thousand replicas runs them too.
 
-The expected wait of a request at a replica, in prompt tokens to be computed first, is
+The expected time to a request's first token at a replica, in seconds, is
 
-    queued + granted + own prompt - reusable + RUNNING_TOKENS * (running + waiting + granted sequences)
+    max(what is ahead, until a place among the running is free)
+    + (prompt - device - host - store) * slow / rate
+    + host / host's rate + store / store's rate
 
-where `granted` are requests assigned since the replica last reported, and `reusable` is what its cache already holds
-of this prompt (nothing is known about that yet: 0).
+`device`, `host` and `store` are the tokens of the prompt that the replica need not compute (`router.index`); loading
+never costs more than computing would. `rate` is how many rows a second its steps have when they compute prompts. Each
+running sequence takes one row of every step, beside at most `rows` of prompts: `slow` is 1 + running / rows. What is
+ahead is the same sum over the prompts that wait there and were given to it since it last reported, less what it must
+have done since then.
+
+What counts besides the time is how much of it is computing: a replica that computes a prefix which another one has
+makes everybody wait who comes after. So a second of computing weighs `1 + CROWDING`; a prefix that is in demand spreads
+once the wait for it costs more than that.
+
+Priority: a request is urgent (above 0), normal (0) or low (below). Engines take prompts by priority, so only what is of
+its own class or above is ahead of it.
 """
 
 from __future__ import annotations
@@ -13,46 +25,202 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum, StrEnum
 
-# A decoding sequence slows each step for everybody about as much as this many prompt tokens.
-RUNNING_TOKENS = 16
+import numpy as np
+from numpy.typing import NDArray
+
+from workers.engine import EngineInfo, EngineStats
+
+PREFILL_RATE = 2000.0  # rows per second, where nobody has measured any
+HOST_SPEED = 10.0  # what loading is taken to be, in multiples of computing, until it was measured
+STORE_SPEED = 2.0
+CROWDING = 0.5
+NEAR = 0.02  # times that differ by no more than this share are equal: the least loaded of them is chosen
+NEAR_S = 0.0005
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+
+class Class(IntEnum):
+    """A request's class of priority; also a row of `Fleet.ahead`."""
+
+    LOW = 0
+    NORMAL = 1
+    URGENT = 2
+
+    @classmethod
+    def of(cls, priority: int) -> Class:
+        return cls((priority >= 0) + (priority > 0))
+
+
+class Reason(StrEnum):
+    """Why a replica was chosen: a prefix that it has, or the least to wait for; SPREAD where another one has more of
+    the prefix, and would take longer; ONLY where there was no choice. NO_ROUTER: by a gateway, of two."""
+
+    DEVICE = "device"
+    HOST = "host"
+    STORE = "store"
+    LEAST_WORK = "least_work"
+    SPREAD = "spread"
+    ONLY = "only"
+    NO_ROUTER = "no_router"
+
+
+class Fleet:
+    """What is known of replicas: arrays with an entry for each slot, R of them. Moments are seconds of one clock.
+
+    `ready_until` is the moment from which it counts as lost, -inf where it takes nothing. `ahead[c]` is the moment at
+    which it will have computed all prompts of class c and above. `running`, `waiting` and `queued` (prompt tokens) are
+    as reported, `granted` and `granted_tokens` are given to it and not yet in those. `assigned` is work in seconds that
+    it ever got, and `stay` how long a sequence stays, in seconds. `places` run at once, `rows` of prompts in a step,
+    `block_tokens`: what the replica is. Rates in tokens per second.
+    """
+
+    def __init__(self, slots: int = 4) -> None:
+        self.ready_until = np.full(slots, -np.inf)
+        self.ahead = np.zeros((len(Class), slots))
+        self.running, self.waiting, self.granted = np.zeros((3, slots), np.int64)
+        self.queued, self.granted_tokens = np.zeros((2, slots), np.int64)
+        self.places, self.rows, self.block_tokens = np.ones((3, slots), np.int64)
+        self.rate, self.host_rate, self.store_rate = np.ones((3, slots))
+        self.assigned, self.stay = np.zeros((2, slots))
+
+    def __len__(self) -> int:
+        return len(self.ready_until)
+
+    def larger(self, slots: int) -> Fleet:
+        """The same with more slots."""
+        result = Fleet(slots)
+        for name, old in vars(self).items():
+            getattr(result, name)[..., : len(self)] = old
+        return result
+
+    def clear(self, slot: int) -> None:
+        """Nobody has this slot."""
+        for name, fresh in vars(Fleet(1)).items():
+            getattr(self, name)[..., slot] = fresh[..., 0]
+
+    def enter(self, slot: int, info: EngineInfo) -> None:
+        """A replica begins with this slot."""
+        self.clear(slot)
+        self.places[slot], self.rows[slot] = max(info.max_running, 1), rows_of(info)
+        self.block_tokens[slot] = info.block_tokens
+        self.put_rates(slot, PREFILL_RATE)
+
+    def put_rates(self, slot: int, rate: float, host: float = 0.0, store: float = 0.0) -> None:
+        """Tokens per second; 0: not known."""
+        self.rate[slot] = rate
+        self.host_rate[slot] = host or rate * HOST_SPEED
+        self.store_rate[slot] = store or rate * STORE_SPEED
+
+    def hear(self, slot: int, stats: EngineStats) -> None:
+        """What a replica reports, but for `ahead`."""
+        self.running[slot], self.waiting[slot] = stats.running, stats.waiting
+        self.queued[slot] = stats.waiting_prefill_tokens
+
+    @property
+    def sequences(self) -> Ints:
+        """Sequences that are there, or will be once what was granted has arrived. [R]"""
+        return self.running + self.waiting + self.granted
+
+    @property
+    def queue(self) -> Ints:
+        """Sequences that wait for others to end, or will. [R]"""
+        return np.maximum(self.sequences - np.maximum(self.places, self.running), 0)
+
+    @property
+    def pace(self) -> Floats:
+        """Seconds for each prompt token. [R]"""
+        return (1 + (self.running + self.granted) / self.rows) / self.rate
+
+
+def rows_of(info: EngineInfo) -> int:
+    """Rows of prompts in a step beside decoding ones: see `workers.engine.scheduler`."""
+    return max((info.chunk_tokens + 1) // 2, 1)
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A replica that could take the request, with the counts that the choice needs.
+class Reuse:
+    """Tokens of a prompt that each replica need not compute, by where they are. [R]"""
 
-    `slots` is how many sequences it runs at once, `reusable` how many prompt tokens it need not compute.
-    """
-
-    replica: str
-    running: int
-    waiting: int
-    queued_tokens: int
-    granted: int = 0
-    granted_tokens: int = 0
-    reusable: int = 0
-    slots: int = 0
+    device: Ints
+    host: Ints
+    store: Ints
 
     @property
-    def queue(self) -> int:
-        """Sequences that wait, or will once what was granted has arrived."""
-        return max(self.waiting + self.granted - max(self.slots - self.running, 0), 0)
+    def total(self) -> Ints:
+        return self.device + self.host + self.store
 
 
-def expected_wait(candidate: Candidate, prompt_tokens: int) -> int:
-    """Prompt tokens' worth of work before this request's first token."""
-    sequences = candidate.running + candidate.waiting + candidate.granted
-    work = candidate.queued_tokens + candidate.granted_tokens + prompt_tokens - candidate.reusable
-    return max(work, 0) + RUNNING_TOKENS * sequences
+@dataclass(frozen=True)
+class Outlook:
+    """What a request has to expect at each replica, in seconds: until it is its turn, and for its own prompt. [R]"""
+
+    wait: Floats
+    work: Floats
+
+    @property
+    def first_token(self) -> Floats:
+        return self.wait + self.work
 
 
-def choose(candidates: Sequence[Candidate], prompt_tokens: int) -> Candidate:
-    """The least expected wait; ties go to the first, so the caller's order decides. Needs at least one candidate."""
-    return min(candidates, key=lambda c: expected_wait(c, prompt_tokens))
+def outlook(fleet: Fleet, now: float, prompt_tokens: int, rank: Class, reuse: Reuse | None = None) -> Outlook:
+    """See the top of this file."""
+    wait = np.maximum(fleet.ahead[rank] - now, 0)
+    over = fleet.sequences - fleet.places + 1
+    if over.max() > 0:  # somewhere a place has to become free
+        over = np.clip(over, 0, 1) if rank is Class.URGENT else np.maximum(over, 0)
+        wait = np.maximum(wait, over * fleet.stay / fleet.places)
+    pace = fleet.pace
+    if reuse is None:
+        return Outlook(wait, prompt_tokens * pace)
+    work = np.maximum(prompt_tokens - reuse.total, 1) * pace
+    work += reuse.host * np.minimum(1 / fleet.host_rate, pace) + reuse.store * np.minimum(1 / fleet.store_rate, pace)
+    return Outlook(wait, work)
 
 
-def choose_of_two(candidates: Sequence[Candidate], prompt_tokens: int, rng: random.Random) -> Candidate:
-    """The better of two drawn at random: what keeps several choosers with stale counts from all going one way."""
-    drawn = list(candidates) if len(candidates) <= 2 else rng.sample(list(candidates), 2)
-    return choose(drawn, prompt_tokens)
+def choose(fleet: Fleet, expected: Outlook, allowed: Mask, crowding: float = CROWDING) -> int:
+    """The slot with the least expected time, and of about equal ones that with the fewest sequences, then that which
+    got the least so far, then the first. At least one is `allowed`."""
+    cost = np.where(allowed, expected.first_token + crowding * expected.work, np.inf)
+    least = cost.min()
+    near = np.flatnonzero(cost <= least + NEAR * least + NEAR_S)
+    if len(near) > 1:
+        sequences = fleet.sequences[near]
+        near = near[sequences == sequences.min()]
+    return int(near[fleet.assigned[near].argmin()])
+
+
+def reason(chosen: int, allowed: Mask, reuse: Reuse | None) -> Reason:
+    """Why `choose` chose this one."""
+    if np.count_nonzero(allowed) == 1:
+        return Reason.ONLY
+    if reuse is None:
+        return Reason.LEAST_WORK
+    total = reuse.total
+    most = int(total[allowed].max())
+    if most == 0:
+        return Reason.LEAST_WORK
+    if total[chosen] < most:
+        return Reason.SPREAD
+    tiers = (reuse.device[chosen], reuse.host[chosen], reuse.store[chosen])
+    return (Reason.DEVICE, Reason.HOST, Reason.STORE)[int(np.argmax(tiers))]
+
+
+def choose_of_two(
+    stats: Sequence[EngineStats], infos: Sequence[EngineInfo], prompt_tokens: int, rng: random.Random
+) -> int:
+    """The better of two drawn at random, by what is reported alone: what keeps several choosers with stale counts from
+    all going one way."""
+    drawn = list(range(len(stats))) if len(stats) <= 2 else rng.sample(range(len(stats)), 2)
+    rng.shuffle(drawn)
+    fleet = Fleet(len(drawn))
+    for slot, i in enumerate(drawn):
+        fleet.enter(slot, infos[i])
+        fleet.hear(slot, stats[i])
+        fleet.ahead[:, slot] = stats[i].waiting_prefill_tokens * fleet.pace[slot]
+    allowed = np.ones(len(drawn), np.bool_)
+    return drawn[choose(fleet, outlook(fleet, 0.0, prompt_tokens, Class.LOW), allowed)]

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
 import msgspec
+import numpy as np
 
 from router.admission import Limits, admit
-from router.policy import Candidate, choose
-from understudy.errors import ModelNotFound, Unavailable
+from router.index import IndexStats, PrefixIndex
+from router.policy import PREFILL_RATE, Class, Fleet, Mask, Reason, Reuse, choose, outlook, reason
+from router.rates import Rates
+from understudy.errors import ModelNotFound, Overloaded, Unavailable
+from workers.cache.events import Changes
 from workers.engine import EngineInfo, EngineStats
 
 LEASE_S = 60.0  # a grant whose replica reports nothing is forgotten after this
+MAX_STREAMS = 1 << 18  # streams whose end is waited for; beyond, the oldest are not
 
 
 class Query(msgspec.Struct, frozen=True):
     """What an assignment depends on.
 
     `exclude` are lives (replica, epoch) that just failed this request. Where `fingerprint` and `numerics_id` are set,
-    only replicas with both will do (a stream that goes on). `keys` are the prompt's block keys, for choosing by cached
-    prefix. `sequences` go there together, and share the prompt.
+    only replicas with both will do (a stream that goes on). `keys` name the prompt's full blocks, first one first:
+    `workers.cache.events.hints`. `sequences` go there together, and share the prompt.
     """
 
     model: str
@@ -31,8 +37,9 @@ class Query(msgspec.Struct, frozen=True):
     exclude: tuple[tuple[str, int], ...] = ()
     fingerprint: str = ""
     numerics_id: str = ""
-    keys: tuple[bytes, ...] = ()
+    keys: bytes = b""
     sequences: int = 1
+    priority: int = 0
 
 
 class Assignment(msgspec.Struct, frozen=True):
@@ -65,6 +72,17 @@ class ReplicaView(msgspec.Struct, frozen=True):
     node: str = ""
 
 
+class RouterFigures(msgspec.Struct, frozen=True):
+    """What a router has done since it began. `decisions` by `policy.Reason`; `refused` requests found no room;
+    `reused_tokens` of prompts were taken to be on the chosen replica's device, in its host's memory, in the store."""
+
+    decisions: dict[str, int]
+    refused: int
+    reused_tokens: dict[str, int]
+    leases: int
+    index: IndexStats
+
+
 class RouterPort(Protocol):
     """What a gateway asks a router. Errors are those of `Router`; ConnectionError when it cannot be reached."""
 
@@ -81,16 +99,26 @@ class TimeSource(Protocol):
     def now(self) -> float: ...
 
 
-@dataclass
+@dataclass(slots=True)
 class _Lease:
-    replica: str
+    """A grant: `work` is the seconds that its prompt was expected to take, `saved` those that computing it whole would
+    take in addition."""
+
+    slot: int
     tokens: int
+    work: float
+    saved: float
+    rank: Class
     sequences: int
     granted_at: float
 
 
-@dataclass
+@dataclass(slots=True)
 class _Entry:
+    """A replica. `leases` are grants that its report does not contain yet; `settled` those that it contains and that
+    may still wait there, first come first."""
+
+    slot: int
     address: str
     epoch: int
     info: EngineInfo
@@ -98,8 +126,9 @@ class _Entry:
     last_heard: float
     draining: bool = False
     stats: EngineStats = field(default_factory=EngineStats)
-    prefill_rate: float = 0.0
-    rate_since: float = 0.0
+    rates: Rates = field(default_factory=Rates)
+    leases: dict[int, _Lease] = field(default_factory=dict)
+    settled: deque[_Lease] = field(default_factory=deque)
 
 
 class Router:
@@ -118,14 +147,24 @@ class Router:
         heartbeat_timeout: float = 2.0,
         settle_s: float = 0.25,
         limits: Limits | None = None,
+        index: PrefixIndex | None = None,
     ) -> None:
         self._clock = clock
         self._timeout = heartbeat_timeout
         self._settle_s = settle_s
         self._limits = limits if limits is not None else Limits()
+        self._index = index if index is not None else PrefixIndex()
+        self._fleet = Fleet()
         self._replicas: dict[str, _Entry] = {}
+        self._names: dict[int, str] = {}  # by slot
         self._leases: dict[int, _Lease] = {}
+        self._streams: dict[int, tuple[int, float]] = {}  # lease -> slot and moment of granting, until released
         self._numbers = itertools.count(1)
+        self._same: dict[tuple[str, str, str], Mask] = {}
+        self._usual: dict[str, Rates] = {}  # of a model, for replicas that have measured nothing yet
+        self._decisions: Counter[str] = Counter({r: 0 for r in Reason if r is not Reason.NO_ROUTER})
+        self._reused: Counter[str] = Counter(device=0, host=0, store=0)
+        self._refused = 0
 
     # What replicas say.
 
@@ -134,41 +173,59 @@ class Router:
         known = self._replicas.get(replica)
         if known is not None and known.epoch > epoch:
             return False
-        if known is None or known.epoch < epoch:
-            self._drop_leases(replica)
         now = self._clock.now()
-        self._replicas[replica] = _Entry(address, epoch, info, node, now, rate_since=now)
+        if known is not None and known.epoch == epoch:  # said twice
+            known.address, known.info, known.node, known.draining = address, info, node, False
+            self._hear(known, now)
+        else:
+            if known is not None:
+                self._remove(replica, known)
+            slot = self._free_slot()
+            self._names[slot] = replica
+            entry = self._replicas[replica] = _Entry(slot, address, epoch, info, node, now)
+            self._fleet.enter(slot, info)
+            self._index.add(slot)
+            self._put_rates(entry)
+            self._hear(entry, now)
+        self._same.clear()
         return True
 
-    def beat(self, replica: str, epoch: int, stats: EngineStats) -> bool:
-        """A replica lives; its counts. False where it is not registered with that epoch: it must register again."""
+    def beat(self, replica: str, epoch: int, stats: EngineStats, changes: Changes | None = None) -> bool:
+        """A replica lives; its counts, and what has changed in its cache. False where it is not registered with that
+        epoch: it must register again."""
         entry = self._replicas.get(replica)
         if entry is None or entry.epoch != epoch:
             return False
         now = self._clock.now()
-        self._measure(entry, stats, now)
-        entry.stats, entry.last_heard = stats, now
-        settled = [
-            n
-            for n, lease in self._leases.items()
-            if lease.replica == replica and lease.granted_at + self._settle_s <= now
-        ]
-        for number in settled:
-            del self._leases[number]
+        entry.rates.measure(entry.stats, stats)
+        self._usual[entry.info.model].measure(entry.stats, stats)
+        self._put_rates(entry)
+        entry.stats = stats
+        self._hear(entry, now)
+        self._settle(entry, now)
+        self._fleet.hear(entry.slot, stats)
+        self._look_ahead(entry, now)
+        if changes is not None:
+            self._index.take(entry.slot, changes)
         return True
+
+    def wanted(self, replica: str, epoch: int) -> int:
+        """Which of the cache's changes is to come next; 0, all of them, where nothing is known."""
+        entry = self._replicas.get(replica)
+        return 0 if entry is None or entry.epoch != epoch else self._index.wanted(entry.slot)
 
     def drain(self, replica: str, epoch: int) -> None:
         """A replica takes nothing new."""
         entry = self._replicas.get(replica)
         if entry is not None and entry.epoch == epoch:
             entry.draining = True
+            self._hear(entry, entry.last_heard)
 
     def unregister(self, replica: str, epoch: int) -> None:
         """A replica is gone on purpose. Ignored where a newer epoch of it is known."""
         entry = self._replicas.get(replica)
         if entry is not None and entry.epoch <= epoch:
-            del self._replicas[replica]
-            self._drop_leases(replica)
+            self._remove(replica, entry)
 
     # What gateways ask.
 
@@ -177,19 +234,36 @@ class Router:
 
         Raises ModelNotFound, Unavailable when none that fits is ready, Overloaded when all queues are full.
         """
-        self._expire()
-        granted = self._granted()
-        candidates = [self._candidate(name, granted.get(name, (0, 0))) for name in self._fitting(query)]
-        rate = max((self._replicas[c.replica].prefill_rate for c in candidates), default=0.0)
-        chosen = choose(admit(candidates, self._limits, rate), query.prompt_tokens)
-        entry, number = self._replicas[chosen.replica], next(self._numbers)
-        self._leases[number] = _Lease(chosen.replica, query.prompt_tokens, query.sequences, self._clock.now())
-        return Assignment(chosen.replica, entry.address, entry.epoch, number)
+        now, rank, fleet = self._clock.now(), Class.of(query.priority), self._fleet
+        self._expire(now)
+        ready = fleet.ready_until >= now
+        fitting = self._fitting(query, ready)
+        try:
+            allowed = admit(fleet, fitting, ready, self._limits, rank, now)
+        except Overloaded:
+            self._refused += 1
+            raise
+        match = self._index.match(query.keys, len(fleet)) if query.keys else None
+        size = fleet.block_tokens
+        reuse = None if match is None else Reuse(match.device * size, match.host * size, match.store * size)
+        expected = outlook(fleet, now, query.prompt_tokens, rank, reuse)
+        slot = choose(fleet, expected, allowed)
+        self._decisions[reason(slot, allowed, reuse)] += 1
+        if reuse is not None:
+            for tier in ("device", "host", "store"):
+                self._reused[tier] += int(getattr(reuse, tier)[slot])
+        return self._grant(slot, query, rank, float(expected.work[slot]), now)
 
     def release(self, leases: Sequence[int]) -> None:
         """The streams of these assignments have ended. Unknown ones are ignored."""
+        now = self._clock.now()
         for number in leases:
-            self._leases.pop(number, None)
+            self._forget(number)
+            self._index.ended(number, now)
+            slot, since = self._streams.pop(number, (-1, 0.0))
+            if slot >= 0:
+                stay = self._fleet.stay
+                stay[slot] = now - since if stay[slot] == 0 else 0.9 * stay[slot] + 0.1 * (now - since)
 
     def snapshot(self) -> list[ReplicaView]:
         """Every replica, in the order of registration."""
@@ -198,6 +272,12 @@ class Router:
             ReplicaView(name, e.address, e.epoch, self._state(e), e.info, e.stats, now - e.last_heard, e.node)
             for name, e in self._replicas.items()
         ]
+
+    def figures(self) -> RouterFigures:
+        """What it has done so far."""
+        return RouterFigures(
+            dict(self._decisions), self._refused, dict(self._reused), len(self._leases), self._index.stats()
+        )
 
     @property
     def leases(self) -> int:
@@ -211,58 +291,120 @@ class Router:
             return State.LOST
         return State.DRAINING if entry.draining else State.READY
 
-    def _fitting(self, query: Query) -> list[str]:
-        of_model = {n: e for n, e in self._replicas.items() if e.info.model == query.model}
-        if not of_model:
+    def _hear(self, entry: _Entry, now: float) -> None:
+        entry.last_heard = now
+        self._fleet.ready_until[entry.slot] = -np.inf if entry.draining else now + self._timeout
+
+    def _free_slot(self) -> int:
+        slot = next(i for i in itertools.count() if i not in self._names)
+        if slot >= len(self._fleet):
+            self._fleet = self._fleet.larger(2 * len(self._fleet))
+        return slot
+
+    def _remove(self, replica: str, entry: _Entry) -> None:
+        for number in list(entry.leases):
+            self._forget(number)
+        self._streams = {n: s for n, s in self._streams.items() if s[0] != entry.slot}
+        del self._replicas[replica], self._names[entry.slot]
+        self._fleet.clear(entry.slot)
+        self._index.forget(entry.slot)
+        self._same.clear()
+
+    def _fitting(self, query: Query, ready: Mask) -> Mask:
+        """Who could take the request. Raises ModelNotFound or Unavailable."""
+        of_model = self._mask(query.model)
+        if not of_model.any():
             raise ModelNotFound(f"no replica serves a model named {query.model!r}")
-        ready = {
-            n: e for n, e in of_model.items() if self._state(e) is State.READY and (n, e.epoch) not in query.exclude
-        }
-        if not ready:
+        able = ready & of_model
+        for name, epoch in query.exclude:
+            entry = self._replicas.get(name)
+            if entry is not None and entry.epoch == epoch:
+                able[entry.slot] = False
+        if not able.any():
             raise Unavailable(f"no replica of {query.model!r} is ready; try again shortly")
-        same = [
-            n
-            for n, e in ready.items()
-            if (not query.fingerprint or e.info.model_fingerprint == query.fingerprint)
-            and (not query.numerics_id or e.info.numerics_id == query.numerics_id)
-        ]
-        if not same:
-            raise Unavailable(
-                f"no ready replica of {query.model!r} has the same weights and arithmetic as this stream's first; "
-                "try again shortly"
-            )
-        return same
+        if query.fingerprint or query.numerics_id:
+            able &= self._mask(query.model, query.fingerprint, query.numerics_id)
+            if not able.any():
+                raise Unavailable(
+                    f"no ready replica of {query.model!r} has the same weights and arithmetic as this stream's first; "
+                    "try again shortly"
+                )
+        return able
 
-    def _granted(self) -> dict[str, tuple[int, int]]:
-        """Grants that still count, by replica: how many sequences, and their prompt tokens."""
-        counts: dict[str, tuple[int, int]] = {}
-        for lease in self._leases.values():
-            number, tokens = counts.get(lease.replica, (0, 0))
-            counts[lease.replica] = number + lease.sequences, tokens + lease.tokens
-        return counts
+    def _mask(self, model: str, fingerprint: str = "", numerics_id: str = "") -> Mask:
+        """Slots of replicas of this kind."""
+        wanted = (model, fingerprint, numerics_id)
+        known = self._same.get(wanted)
+        if known is None:
+            known = self._same[wanted] = np.zeros(len(self._fleet), np.bool_)
+            for e in self._replicas.values():
+                its = (e.info.model, e.info.model_fingerprint, e.info.numerics_id)
+                known[e.slot] = all(w in ("", i) for w, i in zip(wanted, its, strict=True))
+        return known
 
-    def _candidate(self, name: str, granted: tuple[int, int]) -> Candidate:
-        stats, slots = self._replicas[name].stats, self._replicas[name].info.max_running
-        return Candidate(name, stats.running, stats.waiting, stats.waiting_prefill_tokens, *granted, slots=slots)
+    def _grant(self, slot: int, query: Query, rank: Class, work: float, now: float) -> Assignment:
+        name, number = self._names[slot], next(self._numbers)
+        entry, fleet = self._replicas[name], self._fleet
+        saved = max(query.prompt_tokens * float(fleet.pace[slot]) - work, 0.0)
+        lease = _Lease(slot, query.prompt_tokens, work, saved, rank, query.sequences, now)
+        self._leases[number] = entry.leases[number] = lease
+        self._streams[number] = (slot, now)
+        if len(self._streams) > MAX_STREAMS:
+            del self._streams[next(iter(self._streams))]
+        fleet.granted[slot] += query.sequences
+        fleet.granted_tokens[slot] += query.prompt_tokens
+        fleet.assigned[slot] += work
+        ahead = fleet.ahead[: rank + 1, slot]
+        ahead[:] = np.maximum(ahead, now) + work
+        if query.keys:
+            self._index.expect(number, slot, query.keys, now)
+        return Assignment(name, entry.address, entry.epoch, number)
 
-    def _expire(self) -> None:
+    def _forget(self, number: int) -> None:
+        """A grant does not count any more."""
+        lease = self._leases.pop(number, None)
+        if lease is not None:
+            del self._replicas[self._names[lease.slot]].leases[number]
+            self._fleet.granted[lease.slot] -= lease.sequences
+            self._fleet.granted_tokens[lease.slot] -= lease.tokens
+
+    def _settle(self, entry: _Entry, now: float) -> None:
+        """The report of now must contain older grants; and of those, sequences that it says wait are the latest."""
+        while entry.leases:
+            number, lease = next(iter(entry.leases.items()))
+            if lease.granted_at + self._settle_s > now:
+                break
+            self._forget(number)
+            entry.settled.append(lease)
+        while len(entry.settled) > entry.stats.waiting:
+            entry.settled.popleft()
+
+    def _look_ahead(self, entry: _Entry, now: float) -> None:
+        """When the replica will have computed what waits there, but for what its cache spares, and what was just
+        granted."""
+        fleet, slot, stats = self._fleet, entry.slot, entry.stats
+        waiting = (stats.waiting_prefill_tokens, stats.waiting_prefill_normal, stats.waiting_prefill_urgent)
+        pace = float(fleet.pace[slot])
+        for rank in Class:
+            saved = sum(lease.saved for lease in entry.settled if lease.rank >= rank)
+            granted = sum(lease.work for lease in entry.leases.values() if lease.rank >= rank)
+            fleet.ahead[rank, slot] = now + max(waiting[rank] * pace - saved, 0.0) + granted
+
+    def _put_rates(self, entry: _Entry) -> None:
+        """What the replica has measured; where it has not, what others of its model have."""
+        own, usual = entry.rates, self._usual.setdefault(entry.info.model, Rates())
+        self._fleet.put_rates(
+            entry.slot,
+            own.prefill.value or usual.prefill.value or PREFILL_RATE,
+            own.host.value or usual.host.value,
+            own.store.value or usual.store.value,
+        )
+
+    def _expire(self, now: float) -> None:
         """Forgets grants whose replica never reported again. They are kept in the order of granting."""
-        before = self._clock.now() - LEASE_S
+        self._index.expire(now)
         while self._leases:
             number, lease = next(iter(self._leases.items()))
-            if lease.granted_at >= before:
+            if lease.granted_at >= now - LEASE_S:
                 return
-            del self._leases[number]
-
-    def _drop_leases(self, replica: str) -> None:
-        self._leases = {n: lease for n, lease in self._leases.items() if lease.replica != replica}
-
-    @staticmethod
-    def _measure(entry: _Entry, stats: EngineStats, now: float) -> None:
-        """Prompt tokens per second between reports, smoothed; an idle replica measures nothing."""
-        made = stats.computed_prompt_tokens - entry.stats.computed_prompt_tokens
-        seconds = now - entry.rate_since
-        if made > 0 and seconds > 0:
-            rate = made / seconds
-            entry.prefill_rate = rate if entry.prefill_rate == 0 else 0.7 * entry.prefill_rate + 0.3 * rate
-        entry.rate_since = now
+            self._forget(number)

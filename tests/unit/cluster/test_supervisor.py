@@ -52,9 +52,9 @@ class Port:
         await self._alive()
         return report
 
-    async def report(self) -> LeaderReport:
+    async def report(self, wanted: int | None = None) -> LeaderReport:
         await self._alive()
-        return await self.inner.report()
+        return await self.inner.report(wanted)
 
     async def drain(self, seconds: float) -> bool:
         await self._alive()
@@ -85,12 +85,12 @@ class Link:
         self._check()
         return self.roster.claim(model, holder, processes)
 
-    async def announce(self, member: Member, report: LeaderReport | None, node: str) -> bool:
+    async def announce(self, member: Member, report: LeaderReport | None, node: str) -> int:
         self._check()
         self.latest = member
         if self.stages[-1:] != [member.stage]:
             self.stages.append(member.stage)
-        return self.roster.announce(member)
+        return 0 if self.roster.announce(member) else -1
 
     async def leave(self, holder: str, claim: Claim | None) -> None:
         self._check()

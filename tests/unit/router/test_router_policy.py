@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import pickle
-import random
 import subprocess
 import sys
 from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from router.actor import RayRouter, RouterActor
 from router.admin import replica_message
-from router.admission import Limits, admit
+from router.admission import Limits
 from router.fakes import ManualClock
-from router.policy import Candidate, choose, choose_of_two, expected_wait
+from router.policy import PREFILL_RATE
 from router.state import LEASE_S, Query, ReplicaView, Router, State
 from understudy.errors import ModelNotFound, Overloaded, Unavailable
 from understudy.v1 import admin_pb2
+from workers.cache.events import Changes, Tier, hints
 from workers.engine import EngineInfo, EngineStats
 from workers.engine.fake import FakeEngine
 
 INFO = FakeEngine().info
+KEYS = [bytes([i]) * 32 for i in range(1, 33)]
 
 
 def query(tokens: int = 10, **fields: Any) -> Query:
     return Query("fake", tokens, **fields)
+
+
+def queued(tokens: int, **fields: Any) -> EngineStats:
+    """Of priority 0."""
+    return EngineStats(waiting_prefill_tokens=tokens, waiting_prefill_normal=tokens, **fields)
 
 
 def router(*names: str, **options: Any) -> tuple[Router, ManualClock]:
@@ -37,20 +41,6 @@ def router(*names: str, **options: Any) -> tuple[Router, ManualClock]:
     for name in names:
         made.register(name, f"{name}:1", 1, INFO, node="n")
     return made, clock
-
-
-@given(st.lists(st.builds(Candidate, st.uuids().map(str), *[st.integers(0, 50)] * 6), min_size=1, max_size=6))
-def test_the_least_expected_wait_is_chosen(candidates: list[Candidate]) -> None:
-    best = choose(candidates, 8)
-    assert all(expected_wait(best, 8) <= expected_wait(c, 8) for c in candidates)
-    assert choose_of_two(candidates, 8, random.Random(0)) in candidates
-
-
-def test_a_queue_of_prompts_outweighs_a_few_running() -> None:
-    busy, long = Candidate("busy", 8, 0, 0), Candidate("long", 0, 1, 4000)
-    assert choose([long, busy], 100) is busy
-    holds = Candidate("holds", 8, 0, 0, reusable=90)
-    assert choose([busy, holds], 100) is holds
 
 
 def test_grants_count_at_once() -> None:
@@ -139,23 +129,174 @@ def test_only_the_same_weights_and_arithmetic() -> None:
 
 async def test_full_queues_say_when_to_come_back() -> None:
     made, clock = router("a", limits=Limits(max_waiting=2, max_queued_tokens=1000))
-    await clock.advance(1.0)
-    made.beat("a", 1, EngineStats(computed_prompt_tokens=100))
-    await clock.advance(1.0)
-    full = EngineStats(computed_prompt_tokens=200, waiting_prefill_tokens=800, running=64, waiting=1)
+    full = queued(800, prefill_rows=200, prefill_seconds=2.0, running=64, waiting=1)
     made.beat("a", 1, full)
-    made.assign(query(100))
-    with pytest.raises(Overloaded) as caught:
+    made.assign(query(100, priority=1))
+    with pytest.raises(Overloaded, match="every replica's queue is full") as caught:
+        made.assign(query(100, priority=1))
+    # Half of 900 tokens, at 100 rows a second of which 64 (at the grant) sequences take one each beside 256 of prompts.
+    slow = 1 + 64 / 256
+    assert caught.value.retry_after_s == pytest.approx(900 / 2 / 100 * slow, rel=0.01)
+    assert made.figures().refused == 1
+    await clock.advance(3.0)
+    with pytest.raises(Unavailable):
         made.assign(query(100))
-    assert caught.value.retry_after_s == pytest.approx(4.5)  # half of 900 tokens at 100 a second
+
+
+async def test_lower_classes_find_queues_full_sooner() -> None:
+    made, _ = router("a", limits=Limits(max_waiting=8))
+    waiting = 0
+
+    def is_full(priority: int) -> bool:
+        made.beat("a", 1, EngineStats(running=64, waiting=waiting))
+        try:
+            made.release([made.assign(query(1, priority=priority)).lease])
+        except Overloaded:
+            return True
+        return False
+
+    found = {}
+    for waiting in range(10):
+        found[waiting] = [is_full(p) for p in (-5, 0, 3)]
+    assert [found[w] for w in (3, 4, 6, 7, 8)] == [
+        [False, False, False],
+        [True, False, False],
+        [True, False, False],
+        [True, True, False],
+        [True, True, True],
+    ]
+
+
+def test_the_service_has_a_bound_of_its_own() -> None:
+    made, _ = router("a", "b", limits=Limits(max_service_waiting=8))
+    for name in ("a", "b"):
+        made.beat(name, 1, EngineStats(running=64, waiting=3))
+    made.assign(query())
+    with pytest.raises(Overloaded, match="7 requests wait in the whole service, of 8 that may"):
+        made.assign(query())
+    assert made.assign(query(priority=1)).replica
     with pytest.raises(Overloaded):
-        admit([Candidate("a", 0, 0, 1000, slots=8)], Limits(2, 1000), 0)
+        made.assign(query(priority=1))
 
 
-def test_what_can_run_at_once_does_not_queue() -> None:
-    assert Candidate("a", 3, 0, 0, granted=5, slots=8).queue == 0
-    assert Candidate("a", 8, 2, 0, granted=1, slots=8).queue == 3
-    assert Candidate("a", 9, 2, 0, slots=8).queue == 2
+# Where a prefix is.
+
+
+def told(made: Router, name: str, keys: list[bytes], stats: EngineStats | None = None) -> None:
+    """The replica has these blocks on its device, and nothing else."""
+    changes = Changes.of(made.wanted(name, 1) + 1, [(Tier.DEVICE, True, k) for k in keys], reset=True)
+    assert made.beat(name, 1, stats or EngineStats(), changes)
+
+
+def test_a_request_goes_where_its_prefix_is() -> None:
+    made, _ = router("a", "b", "c")
+    told(made, "b", KEYS)
+    long = query(32 * 16 + 5, keys=hints(KEYS))
+    assert made.assign(long).replica == "b"
+    assert made.figures().decisions["device"] == 1
+    assert made.figures().reused_tokens == {"device": 512, "host": 0, "store": 0}
+    assert made.assign(query(32 * 16)).replica != "b", "another prompt"
+    assert made.figures().decisions["least_work"] == 1
+
+
+def test_a_prefix_that_was_just_assigned_is_expected_there() -> None:
+    made, _ = router("a", "b", "c")
+    first = made.assign(query(520, keys=hints(KEYS)))
+    assert {made.assign(query(520, keys=hints(KEYS))).replica for _ in range(3)} == {first.replica}
+
+
+def test_a_shared_prefix_spreads_when_its_replica_is_busy() -> None:
+    made, _ = router("a", "b", "c", "d")
+    told(made, "b", KEYS)
+    counts = Counter(made.assign(query(700, keys=hints(KEYS))).replica for _ in range(40))
+    assert counts["b"] > 4
+    assert len(counts) == 4, "and what was computed there serves the next"
+    assert made.figures().decisions["spread"] >= 3
+
+
+def test_a_replica_that_comes_back_has_lost_its_prefixes() -> None:
+    made, _ = router("a", "b")
+    told(made, "b", KEYS)
+    assert made.wanted("b", 1) == 33
+    assert made.register("b", "b:2", 2, INFO)
+    assert made.wanted("b", 2) == 0
+    assert made.wanted("b", 1) == made.wanted("nobody", 1) == 0
+    assert made.assign(query(520, keys=hints(KEYS))).replica == "a"
+    assert made.figures().decisions["least_work"] == 1
+
+
+def test_the_only_replica_is_no_choice() -> None:
+    made, _ = router("a")
+    made.assign(query(520, keys=hints(KEYS)))
+    assert made.figures().decisions["only"] == 1
+
+
+# What is ahead, and how fast it goes.
+
+
+def test_whoever_is_faster_gets_more() -> None:
+    made, _ = router("slow", "fast")
+    made.beat("slow", 1, EngineStats(prefill_rows=1000, prefill_seconds=1.0))
+    made.beat("fast", 1, EngineStats(prefill_rows=3000, prefill_seconds=1.0))
+    counts = Counter(made.assign(query(1000)).replica for _ in range(40))
+    assert counts["fast"] == pytest.approx(30, abs=2)
+
+
+def test_who_has_measured_nothing_is_taken_to_be_like_the_others() -> None:
+    made, _ = router("a", "b")
+    assert made._fleet.rate[1] == PREFILL_RATE
+    made.beat("a", 1, EngineStats(prefill_rows=50_000, prefill_seconds=1.0))
+    made.beat("b", 1, EngineStats())
+    assert made._fleet.rate.tolist()[:2] == [50_000, 50_000]
+    made.register("c", "c:1", 1, INFO)
+    assert made._fleet.rate[2] == 50_000
+
+
+async def test_what_was_reported_is_computed_meanwhile() -> None:
+    made, clock = router("a", "b")
+    for name, waiting in (("a", 900), ("b", 500)):
+        made.beat(name, 1, queued(waiting, prefill_rows=1000, prefill_seconds=1.0, running=1))
+    assert made.assign(query(100)).replica == "b"
+    await clock.advance(0.4)
+    first, second = (made._fleet.ahead[0, slot] - clock.now() for slot in (0, 1))
+    assert first == pytest.approx(0.9 - 0.4, rel=0.02)
+    assert second == pytest.approx(0.5 + 0.1 - 0.4, rel=0.05)
+
+
+async def test_waiting_prompts_count_less_what_the_cache_spares_them() -> None:
+    made, clock = router("a")
+    fast = EngineStats(prefill_rows=1000, prefill_seconds=1.0)
+    told(made, "a", KEYS, fast)
+    made.assign(query(612, keys=hints(KEYS)))
+    await clock.advance(0.5)
+    made.beat("a", 1, queued(612, waiting=1, prefill_rows=1000, prefill_seconds=1.0))
+    assert made._fleet.ahead[0, 0] - clock.now() == pytest.approx(0.1, rel=0.05), "100 are to be computed"
+    made.beat("a", 1, queued(80, running=1, prefill_rows=1000, prefill_seconds=1.0))
+    assert made._fleet.ahead[0, 0] - clock.now() == pytest.approx(0.08, rel=0.05), "it runs: 80 are left"
+
+
+def test_lower_priorities_are_not_in_the_way_of_higher_ones() -> None:
+    made, _ = router("a", "b")
+    made.beat("a", 1, EngineStats(waiting=3, waiting_prefill_tokens=5000))
+    made.beat("b", 1, queued(1000, waiting=3))
+    assert made.assign(query(10, priority=-1)).replica == "b"
+    assert made.assign(query(10)).replica == "a"
+    for _ in range(5):
+        made.assign(query(2000, priority=-1))
+    assert made.assign(query(10)).replica == "a", "grants of a lower class are not, either"
+
+
+def test_a_full_replica_makes_wait_as_long_as_sequences_stay() -> None:
+    made, clock = router("a", "b")
+    lease = made.assign(query(1)).lease
+    clock._now += 5.0
+    for name in ("a", "b"):
+        made.beat(name, 1, EngineStats())
+    made.release([lease])
+    assert made._fleet.stay[0] == 5.0
+    made.beat("a", 1, EngineStats(running=64))
+    made.beat("b", 1, queued(100, running=1))
+    assert made.assign(query(1)).replica == "b"
 
 
 # The shell, without Ray: what crosses is bytes.
@@ -180,18 +321,22 @@ class Handle:
 
 async def test_the_shell_passes_everything_on() -> None:
     far = RayRouter(Handle(RouterActor(2.0, {"max_waiting": 9, "max_queued_tokens": 10})))
+    assert await far.wanted("a", 1) == 0
     assert not await far.beat("a", 1, EngineStats())
     assert await far.register("a", "at:1", 1, INFO, "node")
-    assert await far.beat("a", 1, EngineStats(running=2))
+    assert await far.beat("a", 1, EngineStats(running=2), Changes.of(0, [(Tier.DEVICE, True, KEYS[0])], reset=True))
+    assert await far.wanted("a", 1) == 1
     (view,) = await far.replicas()
     assert (view.replica, view.address, view.node, view.info, view.state) == ("a", "at:1", "node", INFO, State.READY)
     assert view.stats.running == 2
-    to = await far.assign(query(exclude=(("b", 3),), keys=(b"k",)))
+    to = await far.assign(query(exclude=(("b", 3),), keys=hints(KEYS)))
     assert (to.replica, to.address, to.epoch) == ("a", "at:1", 1)
     with pytest.raises(Overloaded) as caught:
         await far.assign(query())
     assert caught.value.retry_after_s >= 0.5
     await far.release([to.lease])
+    figures = await far.figures()
+    assert (figures.decisions["only"], figures.refused, figures.index.taken) == (1, 1, 1)
     await far.drain("a", 1)
     with pytest.raises(Unavailable):
         await far.assign(query())
