@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from cluster.directory import Directory
 from cluster.roster import Claim, Member
-from router.admin import experts_message, replica_message
+from router.admin import experts_message, replica_message, router_message
 from router.state import ReplicaView, State
 from understudy import __version__
 from understudy.errors import ModelNotFound
@@ -34,6 +34,7 @@ class ClusterStatus:
         response = describe(views, members, self._wanted)
         response.experts.extend(experts_message(v) for v in await self._directory.expert_views())
         response.uptime_s = max(0.0, self._clock() - self._started)
+        response.router.CopyFrom(router_message(await self._directory.figures()))
         response.processes.add(role="router", pid=await self._directory.pid(), node=_router_node(members))
         return response
 

@@ -27,7 +27,7 @@ def start_serve(plan: Plan) -> Directory:
 
     serve.start(proxy_location="Disabled", logging_config=serve_logging(plan.gateway.logs))
     config = plan.gateway.config
-    limits = Limits(config.max_queue, config.max_queued_tokens)
+    limits = Limits(config.max_queue, config.max_queued_tokens, config.max_service_queue)
     return create(plan.gateway.namespace, config.heartbeat_timeout, limits)
 
 

@@ -69,6 +69,9 @@ def serve(
     max_queued_tokens: Annotated[
         int | None, _option("Prompt tokens that wait at a replica at most (1048576).", _SERVICE)
     ] = None,
+    max_service_queue: Annotated[
+        int | None, _option("Sequences that wait in the whole service at most (no bound).", _SERVICE)
+    ] = None,
     drain_seconds: Annotated[
         float | None, _option("How long a leaving replica lets streams end (30).", _SERVICE)
     ] = None,

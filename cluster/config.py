@@ -138,6 +138,7 @@ class ServiceConfig(BaseModel):
     max_message_bytes: Annotated[int, Field(ge=1 << 16, le=512 << 20), BeforeValidator(parse_size)] = 16 << 20
     max_queue: Annotated[int, Field(ge=1, le=1_000_000)] = 256
     max_queued_tokens: Annotated[int, Field(ge=1)] = 1 << 20
+    max_service_queue: Annotated[int, Field(ge=1)] | None = None
     drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
     heartbeat_timeout: Annotated[float, Field(ge=0.5, le=600)] = 2.0
     redis_url: Annotated[str, AfterValidator(_redis_url)] | None = None

@@ -35,7 +35,7 @@ _refusal = msgspec.msgpack.Decoder(Refusal)
 class DirectoryActor(RouterActor):
     """The actor's class. Everything crosses as msgpack."""
 
-    def __init__(self, heartbeat_timeout: float = 2.0, limits: dict[str, int] | None = None) -> None:
+    def __init__(self, heartbeat_timeout: float = 2.0, limits: dict[str, Any] | None = None) -> None:
         super().__init__(heartbeat_timeout, limits)
         first = int(time.time()) if _restarted() else 1
         self._experts, self._placing = Rebalancers(time.monotonic), asyncio.Lock()

@@ -117,6 +117,7 @@ class GatewayApp:
             self._learn(views)
             await self._prove()
             await self._directory.announce(self._member(), None, self._node)
+            figures = await self._directory.figures() if self._admin is not None else None
         except ConnectionError as error:
             log.warning("the router does not answer: %s", error)
             return
@@ -125,7 +126,7 @@ class GatewayApp:
         if self._admin is None:
             await self._serve_admin()
         else:
-            self._replica_metrics.views = views
+            self._replica_metrics.views, self._replica_metrics.figures = views, figures
             with contextlib.suppress(ConnectionError):
                 self._replica_metrics.experts = await self._directory.expert_views()
 

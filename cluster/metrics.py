@@ -1,4 +1,4 @@
-"""Replicas' figures for Prometheus, as the router last heard them."""
+"""The router's figures for Prometheus, and the replicas' as it last heard them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from router.rebalance import ExpertsView
-from router.state import ReplicaView, State
+from router.state import ReplicaView, RouterFigures, State
 
 _Value = Callable[[ReplicaView], float]
 _GAUGES: tuple[tuple[str, str, _Value], ...] = (
@@ -26,6 +26,8 @@ _COUNTERS: tuple[tuple[str, str, _Value], ...] = (
     ("generated_tokens", "Tokens made.", lambda v: v.stats.generated_tokens),
     ("computed_prompt_tokens", "Prompt tokens computed.", lambda v: v.stats.computed_prompt_tokens),
     ("hit_tokens", "Prompt tokens found in the prefix tree.", lambda v: v.stats.hit_tokens),
+    ("prefill_rows", "Rows of steps that computed prompts.", lambda v: v.stats.prefill_rows),
+    ("prefill_seconds", "Seconds of those steps.", lambda v: v.stats.prefill_seconds),
     ("queried_tokens", "Prompt tokens looked up.", lambda v: v.stats.queried_tokens),
     ("host_hit_tokens", "Prompt tokens that came from host memory.", lambda v: v.stats.host_hit_tokens),
     ("store_hit_tokens", "Prompt tokens that came from the shared store.", lambda v: v.stats.store_hit_tokens),
@@ -54,15 +56,35 @@ _EXPERTS: tuple[tuple[str, str, _Of], ...] = (
     ("hosts_wanted", "Expert hosts that there should be.", lambda v: float(v.wanted)),
 )
 
+_Figure = Callable[[RouterFigures], float]
+_ROUTER_GAUGES: tuple[tuple[str, str, _Figure], ...] = (
+    ("leases", "Assignments that replicas have not yet reported.", lambda f: f.leases),
+    ("index_blocks", "Blocks that the index knows.", lambda f: f.index.blocks),
+    ("index_stored_blocks", "Those of the shared store.", lambda f: f.index.stored),
+    ("index_expected_blocks", "Blocks that assignments should bring.", lambda f: f.index.expected),
+    ("index_holder_sets", "Different sets of holders.", lambda f: f.index.sets),
+    ("index_bytes", "Size of the index's table.", lambda f: f.index.nbytes),
+)
+_ROUTER_COUNTERS: tuple[tuple[str, str, _Figure], ...] = (
+    ("refused", "Requests that found no room.", lambda f: f.refused),
+    ("index_changes", "Changes of caches that replicas told.", lambda f: f.index.taken),
+    ("index_gaps", "Gaps in what they told.", lambda f: f.index.gaps),
+    ("index_snapshots", "Snapshots taken to close them.", lambda f: f.index.snapshots),
+    ("index_refused_blocks", "Blocks not taken in for want of room.", lambda f: f.index.refused),
+)
+
 
 class ReplicaMetrics(Collector):
-    """Set `views` and `experts`; every scrape shows the latest."""
+    """Set `views`, `experts` and `figures`; every scrape shows the latest."""
 
     def __init__(self) -> None:
         self.views: list[ReplicaView] = []
         self.experts: list[ExpertsView] = []
+        self.figures: RouterFigures | None = None
 
     def collect(self) -> Iterator[Metric]:
+        if self.figures is not None:
+            yield from _router(self.figures)
         for name, said, value in _GAUGES:
             gauge = GaugeMetricFamily(f"understudy_replica_{name}", said, labels=_LABELS)
             for view in self.views:
@@ -78,3 +100,18 @@ class ReplicaMetrics(Collector):
             for each in self.experts:
                 gauge.add_metric((each.model, each.replica), of(each))
             yield gauge
+
+
+def _router(figures: RouterFigures) -> Iterator[Metric]:
+    for name, said, value in _ROUTER_GAUGES:
+        yield GaugeMetricFamily(f"understudy_router_{name}", said, value=value(figures))
+    for name, said, value in _ROUTER_COUNTERS:
+        yield CounterMetricFamily(f"understudy_router_{name}", said, value=value(figures))
+    for name, said, label, counts in (
+        ("decisions", "Requests assigned, by why that replica.", "reason", figures.decisions),
+        ("reused_tokens", "Prompt tokens that chosen replicas were taken to have.", "tier", figures.reused_tokens),
+    ):
+        counter = CounterMetricFamily(f"understudy_router_{name}", said, labels=[label])
+        for key, count in counts.items():
+            counter.add_metric([key], count)
+        yield counter

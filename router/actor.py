@@ -79,7 +79,7 @@ class _MonotonicTime:
 class RouterActor:
     """The actor's class; `create` turns it into an actor. Methods are coroutines, so that one thread runs them all."""
 
-    def __init__(self, heartbeat_timeout: float = 2.0, limits: dict[str, int] | None = None) -> None:
+    def __init__(self, heartbeat_timeout: float = 2.0, limits: dict[str, Any] | None = None) -> None:
         self._router = Router(_MonotonicTime(), heartbeat_timeout=heartbeat_timeout, limits=Limits(**(limits or {})))
 
     async def register(self, registration: bytes) -> bool:

@@ -11,7 +11,7 @@ from router.interceptors import CallInterceptor, Tokens
 from router.metrics import Metrics
 from router.rebalance import ExpertsView
 from router.server import GatewayConfig, bind, probe_port, server_options
-from router.state import ReplicaView, State
+from router.state import ReplicaView, RouterFigures, State
 from understudy.errors import ConfigError, InvalidRequest, Unavailable
 from understudy.v1 import admin_pb2 as pb
 from understudy.v1 import admin_pb2_grpc
@@ -59,7 +59,16 @@ def replica_message(view: ReplicaView) -> pb.Replica:
             hit_tokens=stats.hit_tokens,
             queried_tokens=stats.queried_tokens,
             preemptions=stats.preemptions,
+            host_hit_tokens=stats.host_hit_tokens,
+            store_hit_tokens=stats.store_hit_tokens,
+            host_loaded_bytes=stats.host_loaded_bytes,
+            host_load_seconds=stats.host_load_seconds,
+            store_loaded_bytes=stats.store_loaded_bytes,
+            store_load_seconds=stats.store_load_seconds,
+            store_loads_given_up=stats.store_loads_given_up,
+            store_writes_dropped=stats.store_writes_dropped,
         ),
+        prefill_rate=stats.prefill_rows / stats.prefill_seconds if stats.prefill_seconds else 0.0,
         cause=f"silent for {view.silent_s:.1f} s" if view.state is State.LOST else "",
     )
 
@@ -85,6 +94,28 @@ def experts_message(view: ExpertsView) -> pb.ExpertPlacement:
         hosts_wanted=view.wanted,
         problem=view.problem,
     )  # fmt: skip
+
+
+def router_message(figures: RouterFigures) -> pb.RouterStatus:
+    """What the router has done, in the Admin API's words."""
+    index = figures.index
+    return pb.RouterStatus(
+        decisions=figures.decisions,
+        refused=figures.refused,
+        reused_tokens=figures.reused_tokens,
+        leases=figures.leases,
+        index=pb.PrefixIndexStatus(
+            blocks=index.blocks,
+            stored_blocks=index.stored,
+            expected_blocks=index.expected,
+            holder_sets=index.sets,
+            bytes=index.nbytes,
+            changes=index.taken,
+            gaps=index.gaps,
+            snapshots=index.snapshots,
+            refused_blocks=index.refused,
+        ),
+    )
 
 
 class AdminService:

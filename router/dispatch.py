@@ -20,12 +20,15 @@ from router.clock import Clock, sleep
 from router.state import Assignment, Query, RouterPort
 from router.validate import ValidRequest
 from understudy.errors import DeadlineExceeded, InternalError, ModelNotFound, Overloaded, Unavailable
+from workers.cache.events import hints
+from workers.cache.keys import block_keys, prompt_root
 from workers.engine import EngineInfo, FinishReason, SequenceOutput, TokenLogprob, TokenTrace
 
 log = logging.getLogger(__name__)
 
 # A request under which this many replicas in a row were lost before they gave it a token is not sent to a next one.
 MAX_BARREN = 3
+_INLINE_TOKENS = 4096  # hashing a longer prompt takes over half a millisecond: it is done in a thread
 
 
 @dataclass(slots=True)
@@ -250,7 +253,9 @@ class Stream:
             len(request.prompt) + sum(len(s.tokens) for s in waiting),
             tuple(self._excluded),
             *(pinned if pinned is not None else ("", "")),
+            keys=await self._keys(waiting),
             sequences=len(waiting),
+            priority=request.priority,
         )
         to = await owner.router.assign(query)
         try:
@@ -266,6 +271,25 @@ class Stream:
             raise
         self._placed, self._pinned = True, same
         self.info = link.info if self.info is None else self.info
+
+    async def _keys(self, waiting: list[_Sequence]) -> bytes:
+        """What the blocks of the prompt, and of a single answer that goes on, are called at the replicas; nothing where
+        there is no choice or no use of them."""
+        request = self._request
+        infos = [link.info for link in self._owner.pool.alive() if link.info.model == request.model]
+        infos = [i for i in infos if self._pinned in (None, (i.model_fingerprint, i.numerics_id))]
+        if len(infos) < 2 or request.bypass_prefix_cache or self._wants_prompt:
+            return b""
+        info, prompt = infos[0], request.prompt
+        tokens = prompt + waiting[0].tokens if len(waiting) == 1 else prompt
+
+        def compute() -> bytes:
+            root = prompt_root(
+                info.model_fingerprint, info.dtype, info.numerics_id, request.cache_salt, len(prompt), info.long_prompt
+            )
+            return hints(block_keys(root, tokens[:-1], info.block_tokens))  # the last row is always computed
+
+        return compute() if len(tokens) <= _INLINE_TOKENS else await asyncio.to_thread(compute)
 
     def _start(self, waiting: list[_Sequence], link: Link, to: Assignment) -> None:
         """Sends each sequence. Raises ConnectionError, and has started none, where the wire is broken."""

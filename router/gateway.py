@@ -266,7 +266,7 @@ class Gateway:
         self._connecting: dict[str, asyncio.Task[None]] = {}
         self._usable: set[tuple[str, int]] = set()  # replica and epoch
         self._serving: bool | None = None
-        self._counted_failovers = 0
+        self._counted_failovers = self._counted_alone = 0
         self.port = 0
 
     def put_model(self, model: ServedModel) -> None:
@@ -332,6 +332,8 @@ class Gateway:
         await self._tell_health()
         self.metrics.failovers.inc(self.dispatcher.failovers - self._counted_failovers)
         self._counted_failovers = self.dispatcher.failovers
+        self.metrics.alone.inc(self._router.alone - self._counted_alone)
+        self._counted_alone = self._router.alone
 
     def _connect_soon(self, view: ReplicaView) -> None:
         """Opens the wire before a stream needs it. A failure is no news: the router will call it lost."""

@@ -76,6 +76,7 @@ class FallbackRouter:
         self._retry_s = retry_s
         self._down_until = float("-inf")
         self._lost: set[tuple[str, int]] = set()  # in the router's eyes
+        self.alone = 0  # decisions made without the router
 
     @property
     def reachable(self) -> bool:
@@ -98,12 +99,17 @@ class FallbackRouter:
                 return await self._despite(error, query)
             except ModelNotFound:
                 pass  # a router that restarted knows nobody yet; the wires are still there
-        return await self._local.assign(query)
+        return await self._alone(query)
+
+    async def _alone(self, query: Query, among: Collection[tuple[str, int]] | None = None) -> Assignment:
+        assignment = await self._local.assign(query, among)
+        self.alone += 1
+        return assignment
 
     async def _despite(self, error: Unavailable, query: Query) -> Assignment:
         """A replica that only the router has not heard of lately. Raises `error` where there is none."""
         try:
-            return await self._local.assign(query, self._lost)
+            return await self._alone(query, self._lost)
         except Unavailable:
             raise error from None
 

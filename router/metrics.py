@@ -30,4 +30,5 @@ class Metrics:
         self.completion_tokens = Counter("understudy_completion_tokens", "Tokens passed on.", ["model"], registry=r)
         self.active = Gauge("understudy_active_streams", "Streams under way.", registry=r)
         self.failovers = Counter("understudy_failovers", "Streams that went on at another replica.", registry=r)
+        self.alone = Counter("understudy_decisions_without_router", "Replicas chosen by this gateway.", registry=r)
         self.ready_replicas = Gauge("understudy_ready_replicas", "Replicas with a live wire.", registry=r)

@@ -36,8 +36,7 @@ PREFILL_RATE = 2000.0  # rows per second, where nobody has measured any
 HOST_SPEED = 10.0  # what loading is taken to be, in multiples of computing, until it was measured
 STORE_SPEED = 2.0
 CROWDING = 0.5
-NEAR = 0.02  # times that differ by no more than this share are equal: the least loaded of them is chosen
-NEAR_S = 0.0005
+NEAR = 0.05  # times that differ by no more than this share are equal: the least loaded of them is chosen
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -58,7 +57,7 @@ class Class(IntEnum):
 
 class Reason(StrEnum):
     """Why a replica was chosen: a prefix that it has, or the least to wait for; SPREAD where another one has more of
-    the prefix, and would take longer; ONLY where there was no choice. NO_ROUTER: by a gateway, of two."""
+    the prefix, and would take longer; ONLY where there was no choice."""
 
     DEVICE = "device"
     HOST = "host"
@@ -66,7 +65,6 @@ class Reason(StrEnum):
     LEAST_WORK = "least_work"
     SPREAD = "spread"
     ONLY = "only"
-    NO_ROUTER = "no_router"
 
 
 class Fleet:
@@ -187,7 +185,7 @@ def choose(fleet: Fleet, expected: Outlook, allowed: Mask, crowding: float = CRO
     got the least so far, then the first. At least one is `allowed`."""
     cost = np.where(allowed, expected.first_token + crowding * expected.work, np.inf)
     least = cost.min()
-    near = np.flatnonzero(cost <= least + NEAR * least + NEAR_S)
+    near = np.flatnonzero(cost <= (1 + NEAR) * least)
     if len(near) > 1:
         sequences = fleet.sequences[near]
         near = near[sequences == sequences.min()]

@@ -162,7 +162,7 @@ class Router:
         self._numbers = itertools.count(1)
         self._same: dict[tuple[str, str, str], Mask] = {}
         self._usual: dict[str, Rates] = {}  # of a model, for replicas that have measured nothing yet
-        self._decisions: Counter[str] = Counter({r: 0 for r in Reason if r is not Reason.NO_ROUTER})
+        self._decisions: Counter[str] = Counter(dict.fromkeys(Reason, 0))
         self._reused: Counter[str] = Counter(device=0, host=0, store=0)
         self._refused = 0
 

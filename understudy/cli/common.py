@@ -164,6 +164,8 @@ def message_dict(message: Any) -> dict[str, Any]:
 def _field(message: Any, field: Any) -> Any:
     value = getattr(message, field.name)
     repeated = hasattr(value, "extend")  # protobuf has renamed the property of the descriptor that tells this
+    if hasattr(value, "items"):  # a map of scalars
+        return dict(sorted(value.items()))
     if field.message_type is not None:
         return [message_dict(v) for v in value] if repeated else message_dict(value)
     if field.enum_type is not None:

@@ -67,6 +67,7 @@ def status(
         ("id", "model", "state", "node", "epoch", "running", "waiting", "tokens made", "cache", "hits", "drafts"),
         [_replica(replica) for replica in found.replicas],
     )
+    _router(found.router)
     for placement in found.experts:
         show(placement)
     common.table(
@@ -82,7 +83,9 @@ def _replica(replica: admin_pb2.Replica) -> tuple[str, ...]:
     state = admin_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_").lower()
     cache = replica.cache
     used = f"{cache.blocks_in_use:,} + {cache.blocks_cached:,} of {cache.blocks_total:,}"
-    hits = f"{cache.hit_tokens / cache.queried_tokens:.0%}" if cache.queried_tokens else "-"
+    tiers = [cache.hit_tokens, cache.host_hit_tokens, cache.store_hit_tokens]
+    shares = [f"{hit / cache.queried_tokens:.0%}" for hit in tiers if cache.queried_tokens]
+    hits = " + ".join(shares if any(tiers[1:]) else shares[:1]) or "-"
     return (
         replica.id,
         replica.model,
@@ -95,4 +98,28 @@ def _replica(replica: admin_pb2.Replica) -> tuple[str, ...]:
         used,
         hits,
         f"{replica.accepted_tokens / replica.drafted_tokens:.0%}" if replica.drafted_tokens else "-",
+    )
+
+
+def _router(router: admin_pb2.RouterStatus) -> None:
+    """Why requests went where, and what the router knows of prefixes."""
+    index, decisions = router.index, router.decisions
+    made = ", ".join(f"{name.replace('_', ' ')} {decisions[name]:,}" for name in sorted(decisions) if decisions[name])
+    reused = ", ".join(f"{tier} {router.reused_tokens[tier]:,}" for tier in ("device", "host", "store"))
+    known = f"{index.blocks:,} blocks ({index.stored_blocks:,} of the store, {index.expected_blocks:,} expected)"
+    common.table(
+        "router",
+        ("decisions", "refused", "tokens reused", "index", "size", "changes", "gaps", "snapshots"),
+        [
+            (
+                made or "-",
+                f"{router.refused:,}",
+                reused,
+                known,
+                f"{index.bytes / 1e6:,.1f} MB",
+                f"{index.changes:,}",
+                f"{index.gaps:,}",
+                f"{index.snapshots:,}",
+            )
+        ],
     )

@@ -14,35 +14,47 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19understudy/v1/admin.proto\x12\runderstudy.v1\"\x12\n\x10GetStatusRequest\"\xbd\x01\n\x0b\x43\x61\x63heStatus\x12\x14\n\x0c\x62locks_total\x18\x01 \x01(\x04\x12\x15\n\rblocks_in_use\x18\x02 \x01(\x04\x12\x15\n\rblocks_cached\x18\x03 \x01(\x04\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\x12\x13\n\x0b\x62ytes_total\x18\x05 \x01(\x04\x12\x12\n\nhit_tokens\x18\x06 \x01(\x04\x12\x16\n\x0equeried_tokens\x18\x07 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x08 \x01(\x04\"\x94\x02\n\x07Replica\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12*\n\x05state\x18\x03 \x01(\x0e\x32\x1b.understudy.v1.ReplicaState\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x18\n\x10generated_tokens\x18\x08 \x01(\x04\x12)\n\x05\x63\x61\x63he\x18\t \x01(\x0b\x32\x1a.understudy.v1.CacheStatus\x12\r\n\x05\x63\x61use\x18\n \x01(\t\x12\x16\n\x0e\x64rafted_tokens\x18\x0b \x01(\x04\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x0c \x01(\x04\"Q\n\x07Process\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0f\n\x07replica\x18\x04 \x01(\t\x12\x0c\n\x04rank\x18\x05 \x01(\r\"|\n\x0bModelStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x13\n\x0bnumerics_id\x18\x03 \x01(\t\x12\x16\n\x0ereplicas_ready\x18\x04 \x01(\r\x12\x17\n\x0freplicas_wanted\x18\x05 \x01(\r\"\x80\x01\n\nExpertHost\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04life\x18\x02 \x01(\x04\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x0c\n\x04held\x18\x06 \x01(\r\x12\x10\n\x08\x63\x61pacity\x18\x07 \x01(\r\x12\x0c\n\x04rows\x18\x08 \x01(\x04\"\xec\x01\n\x0f\x45xpertPlacement\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x16\n\x0etarget_version\x18\x04 \x01(\x04\x12\x0f\n\x07\x62\x61lance\x18\x05 \x01(\x01\x12\r\n\x05\x61ge_s\x18\x06 \x01(\x01\x12\x0f\n\x07\x65xperts\x18\x07 \x01(\r\x12\x0e\n\x06\x63opies\x18\x08 \x01(\r\x12(\n\x05hosts\x18\t \x03(\x0b\x32\x19.understudy.v1.ExpertHost\x12\x14\n\x0chosts_wanted\x18\n \x01(\r\x12\x0f\n\x07problem\x18\x0b \x01(\t\"3\n\x13ScaleExpertsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05hosts\x18\x02 \x01(\r\"4\n\x14ScaleExpertsResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05hosts\x18\x02 \x01(\r\"\xe8\x01\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12*\n\x06models\x18\x02 \x03(\x0b\x32\x1a.understudy.v1.ModelStatus\x12(\n\x08replicas\x18\x03 \x03(\x0b\x32\x16.understudy.v1.Replica\x12)\n\tprocesses\x18\x04 \x03(\x0b\x32\x16.understudy.v1.Process\x12\x10\n\x08uptime_s\x18\x05 \x01(\x01\x12/\n\x07\x65xperts\x18\n \x03(\x0b\x32\x1e.understudy.v1.ExpertPlacement*\x96\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REPLICA_STATE_STARTING\x10\x01\x12\x17\n\x13REPLICA_STATE_READY\x10\x02\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x03\x12\x16\n\x12REPLICA_STATE_LOST\x10\x04\x32\xb0\x01\n\x05\x41\x64min\x12N\n\tGetStatus\x12\x1f.understudy.v1.GetStatusRequest\x1a .understudy.v1.GetStatusResponse\x12W\n\x0cScaleExperts\x12\".understudy.v1.ScaleExpertsRequest\x1a#.understudy.v1.ScaleExpertsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19understudy/v1/admin.proto\x12\runderstudy.v1\"\x12\n\x10GetStatusRequest\"\x9a\x03\n\x0b\x43\x61\x63heStatus\x12\x14\n\x0c\x62locks_total\x18\x01 \x01(\x04\x12\x15\n\rblocks_in_use\x18\x02 \x01(\x04\x12\x15\n\rblocks_cached\x18\x03 \x01(\x04\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\x12\x13\n\x0b\x62ytes_total\x18\x05 \x01(\x04\x12\x12\n\nhit_tokens\x18\x06 \x01(\x04\x12\x16\n\x0equeried_tokens\x18\x07 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x08 \x01(\x04\x12\x17\n\x0fhost_hit_tokens\x18\t \x01(\x04\x12\x18\n\x10store_hit_tokens\x18\n \x01(\x04\x12\x19\n\x11host_loaded_bytes\x18\x0b \x01(\x04\x12\x19\n\x11host_load_seconds\x18\x0c \x01(\x01\x12\x1a\n\x12store_loaded_bytes\x18\r \x01(\x04\x12\x1a\n\x12store_load_seconds\x18\x0e \x01(\x01\x12\x1c\n\x14store_loads_given_up\x18\x0f \x01(\x04\x12\x1c\n\x14store_writes_dropped\x18\x10 \x01(\x04\"\xaa\x02\n\x07Replica\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12*\n\x05state\x18\x03 \x01(\x0e\x32\x1b.understudy.v1.ReplicaState\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x18\n\x10generated_tokens\x18\x08 \x01(\x04\x12)\n\x05\x63\x61\x63he\x18\t \x01(\x0b\x32\x1a.understudy.v1.CacheStatus\x12\r\n\x05\x63\x61use\x18\n \x01(\t\x12\x16\n\x0e\x64rafted_tokens\x18\x0b \x01(\x04\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x0c \x01(\x04\x12\x14\n\x0cprefill_rate\x18\x14 \x01(\x01\"Q\n\x07Process\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0f\n\x07replica\x18\x04 \x01(\t\x12\x0c\n\x04rank\x18\x05 \x01(\r\"|\n\x0bModelStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x13\n\x0bnumerics_id\x18\x03 \x01(\t\x12\x16\n\x0ereplicas_ready\x18\x04 \x01(\r\x12\x17\n\x0freplicas_wanted\x18\x05 \x01(\r\"\x80\x01\n\nExpertHost\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04life\x18\x02 \x01(\x04\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x0c\n\x04held\x18\x06 \x01(\r\x12\x10\n\x08\x63\x61pacity\x18\x07 \x01(\r\x12\x0c\n\x04rows\x18\x08 \x01(\x04\"\xec\x01\n\x0f\x45xpertPlacement\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x16\n\x0etarget_version\x18\x04 \x01(\x04\x12\x0f\n\x07\x62\x61lance\x18\x05 \x01(\x01\x12\r\n\x05\x61ge_s\x18\x06 \x01(\x01\x12\x0f\n\x07\x65xperts\x18\x07 \x01(\r\x12\x0e\n\x06\x63opies\x18\x08 \x01(\r\x12(\n\x05hosts\x18\t \x03(\x0b\x32\x19.understudy.v1.ExpertHost\x12\x14\n\x0chosts_wanted\x18\n \x01(\r\x12\x0f\n\x07problem\x18\x0b \x01(\t\"3\n\x13ScaleExpertsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05hosts\x18\x02 \x01(\r\"4\n\x14ScaleExpertsResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05hosts\x18\x02 \x01(\r\"\xcc\x02\n\x0cRouterStatus\x12=\n\tdecisions\x18\x01 \x03(\x0b\x32*.understudy.v1.RouterStatus.DecisionsEntry\x12\x0f\n\x07refused\x18\x02 \x01(\x04\x12\x44\n\rreused_tokens\x18\x03 \x03(\x0b\x32-.understudy.v1.RouterStatus.ReusedTokensEntry\x12\x0e\n\x06leases\x18\x04 \x01(\x04\x12/\n\x05index\x18\x05 \x01(\x0b\x32 .understudy.v1.PrefixIndexStatus\x1a\x30\n\x0e\x44\x65\x63isionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x33\n\x11ReusedTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xc1\x01\n\x11PrefixIndexStatus\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\x15\n\rstored_blocks\x18\x02 \x01(\x04\x12\x17\n\x0f\x65xpected_blocks\x18\x03 \x01(\x04\x12\x13\n\x0bholder_sets\x18\x04 \x01(\x04\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x0f\n\x07\x63hanges\x18\x06 \x01(\x04\x12\x0c\n\x04gaps\x18\x07 \x01(\x04\x12\x11\n\tsnapshots\x18\x08 \x01(\x04\x12\x16\n\x0erefused_blocks\x18\t \x01(\x04\"\x95\x02\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12*\n\x06models\x18\x02 \x03(\x0b\x32\x1a.understudy.v1.ModelStatus\x12(\n\x08replicas\x18\x03 \x03(\x0b\x32\x16.understudy.v1.Replica\x12)\n\tprocesses\x18\x04 \x03(\x0b\x32\x16.understudy.v1.Process\x12\x10\n\x08uptime_s\x18\x05 \x01(\x01\x12/\n\x07\x65xperts\x18\n \x03(\x0b\x32\x1e.understudy.v1.ExpertPlacement\x12+\n\x06router\x18\x0b \x01(\x0b\x32\x1b.understudy.v1.RouterStatus*\x96\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REPLICA_STATE_STARTING\x10\x01\x12\x17\n\x13REPLICA_STATE_READY\x10\x02\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x03\x12\x16\n\x12REPLICA_STATE_LOST\x10\x04\x32\xb0\x01\n\x05\x41\x64min\x12N\n\tGetStatus\x12\x1f.understudy.v1.GetStatusRequest\x1a .understudy.v1.GetStatusResponse\x12W\n\x0cScaleExperts\x12\".understudy.v1.ScaleExpertsRequest\x1a#.understudy.v1.ScaleExpertsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'understudy.v1.admin_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_REPLICASTATE']._serialized_start=1457
-  _globals['_REPLICASTATE']._serialized_end=1607
+  _globals['_ROUTERSTATUS_DECISIONSENTRY']._options = None
+  _globals['_ROUTERSTATUS_DECISIONSENTRY']._serialized_options = b'8\001'
+  _globals['_ROUTERSTATUS_REUSEDTOKENSENTRY']._options = None
+  _globals['_ROUTERSTATUS_REUSEDTOKENSENTRY']._serialized_options = b'8\001'
+  _globals['_REPLICASTATE']._serialized_start=2276
+  _globals['_REPLICASTATE']._serialized_end=2426
   _globals['_GETSTATUSREQUEST']._serialized_start=44
   _globals['_GETSTATUSREQUEST']._serialized_end=62
   _globals['_CACHESTATUS']._serialized_start=65
-  _globals['_CACHESTATUS']._serialized_end=254
-  _globals['_REPLICA']._serialized_start=257
-  _globals['_REPLICA']._serialized_end=533
-  _globals['_PROCESS']._serialized_start=535
-  _globals['_PROCESS']._serialized_end=616
-  _globals['_MODELSTATUS']._serialized_start=618
-  _globals['_MODELSTATUS']._serialized_end=742
-  _globals['_EXPERTHOST']._serialized_start=745
-  _globals['_EXPERTHOST']._serialized_end=873
-  _globals['_EXPERTPLACEMENT']._serialized_start=876
-  _globals['_EXPERTPLACEMENT']._serialized_end=1112
-  _globals['_SCALEEXPERTSREQUEST']._serialized_start=1114
-  _globals['_SCALEEXPERTSREQUEST']._serialized_end=1165
-  _globals['_SCALEEXPERTSRESPONSE']._serialized_start=1167
-  _globals['_SCALEEXPERTSRESPONSE']._serialized_end=1219
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1222
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1454
-  _globals['_ADMIN']._serialized_start=1610
-  _globals['_ADMIN']._serialized_end=1786
+  _globals['_CACHESTATUS']._serialized_end=475
+  _globals['_REPLICA']._serialized_start=478
+  _globals['_REPLICA']._serialized_end=776
+  _globals['_PROCESS']._serialized_start=778
+  _globals['_PROCESS']._serialized_end=859
+  _globals['_MODELSTATUS']._serialized_start=861
+  _globals['_MODELSTATUS']._serialized_end=985
+  _globals['_EXPERTHOST']._serialized_start=988
+  _globals['_EXPERTHOST']._serialized_end=1116
+  _globals['_EXPERTPLACEMENT']._serialized_start=1119
+  _globals['_EXPERTPLACEMENT']._serialized_end=1355
+  _globals['_SCALEEXPERTSREQUEST']._serialized_start=1357
+  _globals['_SCALEEXPERTSREQUEST']._serialized_end=1408
+  _globals['_SCALEEXPERTSRESPONSE']._serialized_start=1410
+  _globals['_SCALEEXPERTSRESPONSE']._serialized_end=1462
+  _globals['_ROUTERSTATUS']._serialized_start=1465
+  _globals['_ROUTERSTATUS']._serialized_end=1797
+  _globals['_ROUTERSTATUS_DECISIONSENTRY']._serialized_start=1696
+  _globals['_ROUTERSTATUS_DECISIONSENTRY']._serialized_end=1744
+  _globals['_ROUTERSTATUS_REUSEDTOKENSENTRY']._serialized_start=1746
+  _globals['_ROUTERSTATUS_REUSEDTOKENSENTRY']._serialized_end=1797
+  _globals['_PREFIXINDEXSTATUS']._serialized_start=1800
+  _globals['_PREFIXINDEXSTATUS']._serialized_end=1993
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1996
+  _globals['_GETSTATUSRESPONSE']._serialized_end=2273
+  _globals['_ADMIN']._serialized_start=2429
+  _globals['_ADMIN']._serialized_end=2605
 # @@protoc_insertion_point(module_scope)

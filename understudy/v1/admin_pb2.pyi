@@ -24,7 +24,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class CacheStatus(_message.Message):
-    __slots__ = ("blocks_total", "blocks_in_use", "blocks_cached", "block_tokens", "bytes_total", "hit_tokens", "queried_tokens", "preemptions")
+    __slots__ = ("blocks_total", "blocks_in_use", "blocks_cached", "block_tokens", "bytes_total", "hit_tokens", "queried_tokens", "preemptions", "host_hit_tokens", "store_hit_tokens", "host_loaded_bytes", "host_load_seconds", "store_loaded_bytes", "store_load_seconds", "store_loads_given_up", "store_writes_dropped")
     BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_IN_USE_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +33,14 @@ class CacheStatus(_message.Message):
     HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUERIED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    HOST_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STORE_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HOST_LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOST_LOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STORE_LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STORE_LOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STORE_LOADS_GIVEN_UP_FIELD_NUMBER: _ClassVar[int]
+    STORE_WRITES_DROPPED_FIELD_NUMBER: _ClassVar[int]
     blocks_total: int
     blocks_in_use: int
     blocks_cached: int
@@ -41,10 +49,18 @@ class CacheStatus(_message.Message):
     hit_tokens: int
     queried_tokens: int
     preemptions: int
-    def __init__(self, blocks_total: _Optional[int] = ..., blocks_in_use: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., block_tokens: _Optional[int] = ..., bytes_total: _Optional[int] = ..., hit_tokens: _Optional[int] = ..., queried_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ...) -> None: ...
+    host_hit_tokens: int
+    store_hit_tokens: int
+    host_loaded_bytes: int
+    host_load_seconds: float
+    store_loaded_bytes: int
+    store_load_seconds: float
+    store_loads_given_up: int
+    store_writes_dropped: int
+    def __init__(self, blocks_total: _Optional[int] = ..., blocks_in_use: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., block_tokens: _Optional[int] = ..., bytes_total: _Optional[int] = ..., hit_tokens: _Optional[int] = ..., queried_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., host_hit_tokens: _Optional[int] = ..., store_hit_tokens: _Optional[int] = ..., host_loaded_bytes: _Optional[int] = ..., host_load_seconds: _Optional[float] = ..., store_loaded_bytes: _Optional[int] = ..., store_load_seconds: _Optional[float] = ..., store_loads_given_up: _Optional[int] = ..., store_writes_dropped: _Optional[int] = ...) -> None: ...
 
 class Replica(_message.Message):
-    __slots__ = ("id", "model", "state", "node", "epoch", "running", "waiting", "generated_tokens", "cache", "cause", "drafted_tokens", "accepted_tokens")
+    __slots__ = ("id", "model", "state", "node", "epoch", "running", "waiting", "generated_tokens", "cache", "cause", "drafted_tokens", "accepted_tokens", "prefill_rate")
     ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +73,7 @@ class Replica(_message.Message):
     CAUSE_FIELD_NUMBER: _ClassVar[int]
     DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_RATE_FIELD_NUMBER: _ClassVar[int]
     id: str
     model: str
     state: ReplicaState
@@ -69,7 +86,8 @@ class Replica(_message.Message):
     cause: str
     drafted_tokens: int
     accepted_tokens: int
-    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cache: _Optional[_Union[CacheStatus, _Mapping]] = ..., cause: _Optional[str] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ...) -> None: ...
+    prefill_rate: float
+    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cache: _Optional[_Union[CacheStatus, _Mapping]] = ..., cause: _Optional[str] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., prefill_rate: _Optional[float] = ...) -> None: ...
 
 class Process(_message.Message):
     __slots__ = ("role", "pid", "node", "replica", "rank")
@@ -161,18 +179,70 @@ class ScaleExpertsResponse(_message.Message):
     hosts: int
     def __init__(self, model: _Optional[str] = ..., hosts: _Optional[int] = ...) -> None: ...
 
+class RouterStatus(_message.Message):
+    __slots__ = ("decisions", "refused", "reused_tokens", "leases", "index")
+    class DecisionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class ReusedTokensEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    DECISIONS_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    REUSED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    decisions: _containers.ScalarMap[str, int]
+    refused: int
+    reused_tokens: _containers.ScalarMap[str, int]
+    leases: int
+    index: PrefixIndexStatus
+    def __init__(self, decisions: _Optional[_Mapping[str, int]] = ..., refused: _Optional[int] = ..., reused_tokens: _Optional[_Mapping[str, int]] = ..., leases: _Optional[int] = ..., index: _Optional[_Union[PrefixIndexStatus, _Mapping]] = ...) -> None: ...
+
+class PrefixIndexStatus(_message.Message):
+    __slots__ = ("blocks", "stored_blocks", "expected_blocks", "holder_sets", "bytes", "changes", "gaps", "snapshots", "refused_blocks")
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    STORED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_SETS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
+    GAPS_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    stored_blocks: int
+    expected_blocks: int
+    holder_sets: int
+    bytes: int
+    changes: int
+    gaps: int
+    snapshots: int
+    refused_blocks: int
+    def __init__(self, blocks: _Optional[int] = ..., stored_blocks: _Optional[int] = ..., expected_blocks: _Optional[int] = ..., holder_sets: _Optional[int] = ..., bytes: _Optional[int] = ..., changes: _Optional[int] = ..., gaps: _Optional[int] = ..., snapshots: _Optional[int] = ..., refused_blocks: _Optional[int] = ...) -> None: ...
+
 class GetStatusResponse(_message.Message):
-    __slots__ = ("version", "models", "replicas", "processes", "uptime_s", "experts")
+    __slots__ = ("version", "models", "replicas", "processes", "uptime_s", "experts", "router")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     PROCESSES_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_FIELD_NUMBER: _ClassVar[int]
     version: str
     models: _containers.RepeatedCompositeFieldContainer[ModelStatus]
     replicas: _containers.RepeatedCompositeFieldContainer[Replica]
     processes: _containers.RepeatedCompositeFieldContainer[Process]
     uptime_s: float
     experts: _containers.RepeatedCompositeFieldContainer[ExpertPlacement]
-    def __init__(self, version: _Optional[str] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., processes: _Optional[_Iterable[_Union[Process, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., experts: _Optional[_Iterable[_Union[ExpertPlacement, _Mapping]]] = ...) -> None: ...
+    router: RouterStatus
+    def __init__(self, version: _Optional[str] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., processes: _Optional[_Iterable[_Union[Process, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., experts: _Optional[_Iterable[_Union[ExpertPlacement, _Mapping]]] = ..., router: _Optional[_Union[RouterStatus, _Mapping]] = ...) -> None: ...

@@ -28,6 +28,15 @@ def root_key(
     return digest.digest()
 
 
+def prompt_root(
+    model_fingerprint: str, dtype: str, numerics_id: str, salt: str, prompt_tokens: int, long_prompt: int
+) -> bytes:
+    """`root_key` of a prompt of so many tokens: those of more than `long_prompt` (0: no such bound) are computed
+    otherwise, and share no blocks with others."""
+    long = 0 < long_prompt < prompt_tokens
+    return root_key(model_fingerprint, dtype, numerics_id + ("/long-prompt" if long else ""), salt)
+
+
 def child_key(parent: bytes, tokens: Sequence[int]) -> bytes:
     """The key of the block of `tokens` after the block `parent`."""
     return sha256(parent + _little_endian(tokens)).digest()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from workers.cache.events import Journal
-from workers.cache.keys import root_key
+from workers.cache.keys import prompt_root
 from workers.cache.manager import CacheManager
 from workers.cache.orders import StorePort
 from workers.engine.contract import EngineInfo, EngineStats, FinishReason, Grammar, Request, SequenceOutput, TokenTrace
@@ -150,8 +150,14 @@ class EngineCore:
 
     def add(self, request: Request) -> None:
         long = self._long_prompt is not None and len(request.prompt) > self._long_prompt
-        numerics_id = self._info.numerics_id + ("/long-prompt" if long else "")
-        root = root_key(self._info.model_fingerprint, self._info.dtype, numerics_id, request.cache_salt)
+        root = prompt_root(
+            self._info.model_fingerprint,
+            self._info.dtype,
+            self._info.numerics_id,
+            request.cache_salt,
+            len(request.prompt),
+            self._long_prompt or 0,
+        )
         self._arrivals += 1
         reason = self._refusal(request)
         over = finish_of(request, len(request.generated), request.generated[-1:])

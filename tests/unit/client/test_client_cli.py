@@ -280,6 +280,11 @@ def busy(server: FakeServer) -> FakeServer:
     )
     replica.epoch = 2**40
     replica.cache.hit_tokens, replica.cache.queried_tokens = 1, 4
+    replica.cache.store_hit_tokens = 2
+    status.router.decisions["least_work"] = 31
+    status.router.decisions["device"] = 0
+    status.router.reused_tokens["device"] = 12_345
+    status.router.index.stored_blocks = 77
     status.processes.add(role="shard", pid=4242, node="10.0.0.1", replica="m-0", rank=0)
     status.processes.add(role="[router]", pid=4243, node="10.0.0.1")
     return server
@@ -317,7 +322,9 @@ def test_experts_that_are_not_there_are_refused_in_one_line(busy: FakeServer, wi
 
 def test_status_json_is_for_scripts(busy: FakeServer) -> None:
     status = json.loads(run("status", "--json", address=busy.address).stdout)
-    assert set(status) == {"version", "models", "replicas", "processes", "uptime_s", "experts"}
+    assert set(status) == {"version", "models", "replicas", "processes", "uptime_s", "experts", "router"}
+    assert status["router"]["decisions"] == {"device": 0, "least_work": 31}
+    assert status["router"]["index"]["stored_blocks"] == 77
     replica = status["replicas"][0]
     assert (replica["id"], replica["state"], replica["node"]) == ("m-0", "REPLICA_STATE_LOST", "10.0.0.1")
     assert replica["epoch"] == 2**40
@@ -328,7 +335,17 @@ def test_status_json_is_for_scripts(busy: FakeServer) -> None:
 
 def test_status_is_a_table_for_people(busy: FakeServer) -> None:
     shown = run("status", "--admin", busy.address).stdout
-    for word in ("lost: silent", "25%", "4242", "[router]", "up for 12 s", "m-0"):
+    words = (
+        "lost: silent",
+        "25% + 0% + 50%",
+        "4242",
+        "[router]",
+        "up for 12 s",
+        "m-0",
+        "least work 31",
+        "device 12,345",
+    )
+    for word in words:
         assert word in shown
 
 

@@ -31,7 +31,8 @@ from cluster.serve import (
     raise_failure,
     with_free_ports,
 )
-from router.state import ReplicaView, State
+from router.index import IndexStats
+from router.state import ReplicaView, RouterFigures, State
 from understudy.errors import CheckpointError, ConfigError, InternalError
 from understudy.v1 import admin_pb2 as pb
 from workers.engine import EngineStats
@@ -236,3 +237,17 @@ def test_replicas_figures_are_exported() -> None:
     assert 'understudy_replica_running{model="a",replica="a-0"} 3.0' in text
     assert 'understudy_replica_generated_tokens_total{model="a",replica="a-1"} 40.0' in text
     assert 'understudy_replica_ready{model="a",replica="a-1"} 0.0' in text
+    assert "understudy_router" not in text
+    index = IndexStats(blocks=7, gaps=1)
+    metrics.figures = RouterFigures({"device": 5, "spread": 0}, 2, {"device": 160}, 3, index)
+    text = generate_latest(registry).decode()
+    for line in (
+        'understudy_router_decisions_total{reason="device"} 5.0',
+        'understudy_router_decisions_total{reason="spread"} 0.0',
+        'understudy_router_reused_tokens_total{tier="device"} 160.0',
+        "understudy_router_refused_total 2.0",
+        "understudy_router_leases 3.0",
+        "understudy_router_index_blocks 7.0",
+        "understudy_router_index_gaps_total 1.0",
+    ):
+        assert line in text
