@@ -40,7 +40,7 @@ def names(text: str, salt: str = "") -> bytes:
 
 
 async def test_the_second_request_goes_where_its_prefix_is(stage: Stage) -> None:
-    await two(stage)
+    await two(stage, step_s=lambda rows: 0.0002 * rows)  # so that a hiccup of this machine decides nothing
     holds = (await stage.generate(text=PROMPT, stopping=pb.Stopping(max_tokens=2))).infos
     assert holds[0].cached_tokens.device == 0
     for turn in range(1, 6):
