@@ -41,7 +41,7 @@ class FirstPort(Protocol):
 
     async def start(self, meeting: Meeting | None = None) -> LeaderReport: ...
 
-    async def report(self) -> LeaderReport: ...
+    async def report(self, wanted: int | None = None) -> LeaderReport: ...
 
     async def drain(self, seconds: float) -> bool: ...
 
@@ -94,12 +94,12 @@ class RankGroup:
                 task.cancel()
         return await self.report()
 
-    async def report(self) -> LeaderReport:
+    async def report(self, wanted: int | None = None) -> LeaderReport:
         """The leader's, and a rank's failure as its own."""
         if self._ranks is None:
             return LeaderReport("starting", 0.0, 0)
         first, *others = await asyncio.gather(
-            _of_rank(0, self._ranks.first.report()),
+            _of_rank(0, self._ranks.first.report(wanted)),
             *(_of_rank(1 + i, port.report()) for i, port in enumerate(self._ranks.others)),
         )
         return self._joined(first, others)

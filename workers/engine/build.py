@@ -73,6 +73,8 @@ def build_engine(
     formats = CheckpointFormats(Path(config.model_dir), its.vocab_size)
     proposer = make_proposer(config, its, chunk_tokens)
     runner.store = open_store(config, runner)
+    if runner.store is not None:
+        runner.store.observe(journal.record)
     return EngineCore(
         runner, info, cache, runner.ops, formats, proposer, config.draft_tokens, its.long_prompt, runner.store,
         journal=journal,

@@ -45,7 +45,7 @@ class Process:
         await self._alive()
         return self._report()
 
-    async def report(self) -> LeaderReport | RankReport:
+    async def report(self, wanted: int | None = None) -> LeaderReport | RankReport:
         await self._alive()
         return self._report()
 
