@@ -39,6 +39,14 @@ def _grammar(message: pb.Format) -> Grammar | None:
     return Grammar("ebnf" if kind == "grammar" else kind, getattr(message, kind))
 
 
+def check(grammar: Grammar, model: ServedModel, field: str) -> None:
+    """Raises InvalidRequest, of this field, with the reason why the grammar cannot be held."""
+    try:
+        _open(grammar, model)
+    except InvalidRequest as error:
+        raise InvalidRequest(error.message.removeprefix(f"{error.field}: "), field) from None
+
+
 def _open(grammar: Grammar, model: ServedModel) -> None:
     from workers.grammar.formats import TokenFormats  # a gateway that never sees a format does not pay for it
     from workers.grammar.vocabulary import NO_BYTES, Vocabulary

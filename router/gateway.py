@@ -9,7 +9,6 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,7 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from router.answer import Answer
 from router.bounds import check_token_ids, show
 from router.channels import ChannelPool, Connect, Timing
-from router.chat.service import Chats
+from router.chat.service import Chats, Plan
 from router.chat.service import Context as ChatContext
 from router.clock import Clock, LoopClock
 from router.dispatch import Batch, Dispatcher, Patience, Stream
@@ -36,7 +35,6 @@ from understudy.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, O
 from understudy.v1 import inference_pb2 as pb
 from understudy.v1 import inference_pb2_grpc
 from workers.engine import FinishReason
-from workers.engine.contract import Interjection
 
 log = logging.getLogger(__name__)
 
@@ -94,10 +92,10 @@ class InferenceService:
     async def Chat(self, request: pb.ChatRequest, context: Any) -> None:
         """Streams one answer in a conversation."""
         plan = await self._chats.plan(request, self._models.find(request.model))
-        await self._generate(plan.request, plan.model, ChatContext(plan.answer, context), plan.interjection)
+        await self._generate(plan.request, plan.model, ChatContext(plan.answer, context), plan)
 
     async def _generate(
-        self, request: pb.GenerateRequest, model: ServedModel, context: Any, interjection: Interjection | None = None
+        self, request: pb.GenerateRequest, model: ServedModel, context: Any, plan: Plan | None = None
     ) -> None:
         call = current_call.get()
         if request.request_id:
@@ -109,7 +107,7 @@ class InferenceService:
         call.notes["model"] = model.name
         if len(self._dispatcher.streams) >= self._config.max_streams:
             raise Overloaded(f"this gateway carries {self._config.max_streams} streams, all it may; come back in 1 s")
-        valid, answer = await self._prepare(request, model, call.salt, started, interjection)
+        valid, answer = await self._prepare(request, model, call.salt, started, plan)
         if not answer.to_make:
             for message in answer.open():
                 await context.write(message)
@@ -134,13 +132,15 @@ class InferenceService:
         model: ServedModel,
         salt: str,
         started: float,
-        interjection: Interjection | None,
+        plan: Plan | None,
     ) -> tuple[ValidRequest, Answer]:
         """Checks, encodes, and gets ready to decode: in a thread, where that may take long."""
         infos = [k.info for k in self._dispatcher.pool.alive() if k.info.model == model.name]
 
         def prepare() -> tuple[ValidRequest, Answer]:
-            valid = replace(validate(request, model, salt=salt, infos=infos), interjection=interjection)
+            valid = validate(request, model, salt=salt, infos=infos)
+            if plan is not None:
+                valid = plan.added_to(valid)
             stops = StopStrings(valid.stop) if valid.stop else None
             return valid, Answer(valid, model, started, stops)
 

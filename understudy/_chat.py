@@ -25,13 +25,14 @@ class ChatOptions(GenerateOptions, total=False):
     """Keywords of `chat`: those of `generate` without `echo`, and these.
 
     `tools` are mappings with `name`, `description` and `parameters` (a JSON Schema), alone or as OpenAI wraps them.
-    `tool_choice` is auto or none. `effort` is none, low, medium or high, `budget` tokens of thought at most, and
-    `hide_thought` leaves its text out. `template_kwargs` are more variables for the model's template.
+    `tool_choice` is auto, none, required, or a mapping with the `name` of the tool to call. `effort` is none, low,
+    medium or high, `budget` tokens of thought at most, and `hide_thought` leaves its text out. `template_kwargs` are
+    more variables for the model's template.
     `continue_final_message` goes on with the last message instead of a new one.
     """
 
     tools: Tools | None
-    tool_choice: str | None
+    tool_choice: str | Mapping[str, Any] | None
     effort: str | None
     budget: int | None
     hide_thought: bool | None
@@ -87,7 +88,7 @@ def chat_request(messages: Messages, options: ChatOptions) -> pb.ChatRequest:
     request.messages.extend(_message(m if isinstance(m, Message) else Message(**m)) for m in given)
     request.tools.extend(_tool(t) for t in options.get("tools") or ())
     if choice := options.get("tool_choice"):
-        request.tool_choice.mode = _enum(pb.ToolChoiceMode, "TOOL_CHOICE_MODE", choice, "tool_choice")
+        request.tool_choice.CopyFrom(_tool_choice(choice))
     if effort := options.get("effort"):
         request.reasoning.effort = _enum(pb.ReasoningEffort, "REASONING_EFFORT", effort, "effort")
     if (budget := options.get("budget")) is not None:
@@ -116,6 +117,15 @@ def _tool(given: Mapping[str, Any]) -> pb.Tool:
     tool = pb.Tool(name=inner["name"], description=inner.get("description") or "", strict=bool(inner.get("strict")))
     tool.parameters.update(inner.get("parameters") or {})
     return tool
+
+
+def _tool_choice(given: str | Mapping[str, Any]) -> pb.ToolChoice:
+    if isinstance(given, str):
+        return pb.ToolChoice(mode=_enum(pb.ToolChoiceMode, "TOOL_CHOICE_MODE", given, "tool_choice"))
+    name = given.get("function", given).get("name")
+    if not isinstance(name, str) or not name:
+        raise errors.InvalidRequest(f"is {dict(given)!r}; a mapping must have the name of a tool", "tool_choice")
+    return pb.ToolChoice(name=name)
 
 
 def tool_call(m: pb.ToolCall) -> ToolCall:

@@ -113,16 +113,18 @@ def tools(request: pb.ChatRequest) -> list[Json]:
     for i, tool in enumerate(given):
         bad = f"is {show(tool.name)}; it must be 1 to 64 letters, digits, `_`, `-` and `.`, and no other tool's"
         _check(bool(_NAME.fullmatch(tool.name)) and tool.name not in seen, bad, f"tools[{i}].name")
-        _check(not tool.strict, "is not supported yet; leave it out", f"tools[{i}].strict")
         seen.add(tool.name)
         parameters = plain(tool.parameters) or {"type": "object", "properties": {}}
         function = {"name": tool.name, "description": tool.description, "parameters": parameters}
         out.append({"type": "function", "function": function})
     choice = request.tool_choice
-    if choice.WhichOneof("choice") == "name" or choice.mode == pb.TOOL_CHOICE_MODE_REQUIRED:
-        raise InvalidRequest(
-            "can be auto or none; a call that must be made is not supported yet: ask for it in words", "tool_choice"
-        )
+    if choice.WhichOneof("choice") == "name":
+        known = f"the request's tools are {', '.join(seen)}" if seen else "the request has no tools"
+        _check(choice.name in seen, f"is {show(choice.name)}; {known}", "tool_choice.name")
+    _check(
+        choice.mode != pb.TOOL_CHOICE_MODE_REQUIRED or bool(seen),
+        "is required, but the request has no tools; give some", "tool_choice.mode",
+    )  # fmt: skip
     return [] if choice.mode == pb.TOOL_CHOICE_MODE_NONE else out
 
 

@@ -9,13 +9,15 @@ from typing import Any
 
 from router.chat import messages as typed
 from router.chat.answer import ChatAnswer
+from router.chat.calls import grammar_of_calls, wanted_of
 from router.chat.formats import HARMONY, ChatFormats, seeing
 from router.chat.renderer import Renderer
 from router.models import ServedModel
 from router.text import ModelText
+from router.validate import ValidRequest
 from understudy.errors import InvalidRequest
 from understudy.v1 import inference_pb2 as pb
-from workers.engine.contract import Interjection
+from workers.engine.contract import Grammar, Interjection, Thought
 
 EFFORTS = {pb.REASONING_EFFORT_LOW: "low", pb.REASONING_EFFORT_MEDIUM: "medium", pb.REASONING_EFFORT_HIGH: "high"}
 EFFORT_BUDGETS = {pb.REASONING_EFFORT_LOW: 512, pb.REASONING_EFFORT_MEDIUM: 2048}
@@ -24,12 +26,22 @@ _TAIL = 32  # tokens at a prompt's end that tell whether a thought is open
 
 @dataclass(frozen=True)
 class Plan:
-    """What Generate is asked, of which model, and how its answer is read."""
+    """What Generate is asked, of which model, and how its answer is read. `grammar` is that of the tools' calls;
+    `thought` may stand before the request's own format."""
 
     request: pb.GenerateRequest
     model: ServedModel
-    interjection: Interjection | None
     answer: ChatAnswer
+    interjection: Interjection | None = None
+    grammar: Grammar | None = None
+    thought: Thought | None = None
+
+    def added_to(self, valid: ValidRequest) -> ValidRequest:
+        """What only chats ask for."""
+        grammar = self.grammar
+        if grammar is None and valid.grammar is not None:
+            grammar = Grammar(valid.grammar.kind, valid.grammar.text, self.thought)
+        return replace(valid, interjection=self.interjection, grammar=grammar)
 
 
 class Context:
@@ -60,8 +72,8 @@ class Chats:
         messages, tools = typed.messages(request), typed.tools(request)
         if request.response.echo:
             raise InvalidRequest("does not exist in a chat; leave it out", "response.echo")
-        if request.HasField("format") and (tools or request.reasoning.HasField("budget_tokens")):
-            raise InvalidRequest("goes neither with tools nor with a budget for thought; leave one out", "format")
+        if request.HasField("format") and tools:
+            raise InvalidRequest("goes not with tools, which have a format of their own; leave one out", "format")
         kwargs, budget = _reasoning(request, formats)
         kwargs = {**kwargs, **typed.template_kwargs(request)}
         closer = _closer(model.text, formats, budget, bool(request.reasoning.HasField("budget_tokens")))
@@ -85,7 +97,27 @@ class Chats:
                 text += formats.opener
             prompt = await asyncio.to_thread(model.text.encode, text, False)
             generate.token_ids.ids.extend(prompt)
-        return self._planned(request, generate, model, bool(tools), prompt, budget, closer)
+        plan = self._planned(request, generate, model, bool(tools), prompt)
+        if budget is not None and closer is not None:
+            plan = replace(plan, interjection=Interjection(budget, [closer]))
+        return await self._held(request, plan, prompt)
+
+    async def _held(self, request: pb.ChatRequest, plan: Plan, prompt: list[int]) -> Plan:
+        """With the formats of calls and answer, and of what may stand before them."""
+        model, wanted = plan.model, wanted_of(request)
+        if wanted is None and not request.HasField("format"):
+            return plan
+        tail = model.text.decode(prompt[-_TAIL:], skip_special_tokens=False)
+        asked_not = request.reasoning.effort == pb.REASONING_EFFORT_NONE
+        may_begin = not asked_not and not request.continue_final_message
+        try:
+            thought = model.chat_formats.thought(model.text, tail, may_begin)
+        except InvalidRequest as error:
+            raise InvalidRequest(error.message, "tool_choice" if wanted else "format") from None
+        if wanted is None:
+            return replace(plan, thought=thought)
+        wanted = replace(wanted, thinking=model.chat_formats.opened(tail))
+        return replace(plan, grammar=await asyncio.to_thread(grammar_of_calls, request, model, wanted, thought))
 
     def _planned(
         self,
@@ -94,12 +126,9 @@ class Chats:
         model: ServedModel,
         with_tools: bool,
         prompt: list[int],
-        budget: int | None,
-        closer: int | None,
     ) -> Plan:
         formats = model.chat_formats
         thinking = formats.opened(model.text.decode(prompt[-_TAIL:], skip_special_tokens=False))
-        interjection = Interjection(budget, [closer]) if budget is not None and closer is not None else None
         text = seeing(model.text, formats.visible(with_tools))
         ends = dict.fromkeys((*model.defaults.eos_token_ids, *_turn_ends(model)))
         seen = replace(model, text=text, defaults=replace(model.defaults, eos_token_ids=tuple(ends)))
@@ -110,7 +139,7 @@ class Chats:
             hidden=request.reasoning.hidden,
             want_token_ids=request.response.token_ids if request.response.HasField("token_ids") else True,
         )
-        return Plan(generate, seen, interjection, answer)
+        return Plan(generate, seen, answer)
 
 
 def _reasoning(request: pb.ChatRequest, formats: ChatFormats) -> tuple[Mapping[str, Any], int | None]:

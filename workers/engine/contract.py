@@ -46,15 +46,32 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     bad_words: list[list[int]] = []
 
 
+class Thought(msgspec.Struct, frozen=True, array_like=True):
+    """What may stand before an answer that has a format: free text up to the token `close`. After it, and before the
+    format, line breaks do not count.
+
+    `begun`: the answer begins within it; else it begins where the answer's first token is `open`. Where `grammar` is
+    given, what stands before matches it, ends where nothing can follow in it, and is always there; it is written as
+    that of calls is.
+    """
+
+    close: int = -1
+    begun: bool = False
+    open: int = -1
+    grammar: str = ""
+
+
 class Grammar(msgspec.Struct, frozen=True, array_like=True):
     """What an answer's text must match; `text` in the notation of `kind`, checked by `workers.grammar`.
 
     json_schema: a JSON Schema; json: any JSON object (`text` empty); regex: a regular expression over the whole
-    answer; ebnf: a grammar with a rule `root` or `start`; choice: a JSON list of strings.
+    answer; ebnf: a grammar with a rule `root` or `start`; choice: a JSON list of strings; calls: tool calls, in
+    llguidance's Lark, written by `router.chat.calls`. It holds for what follows `thought`, where one is.
     """
 
     kind: str
     text: str = ""
+    thought: Thought | None = None
 
 
 class Interjection(msgspec.Struct, frozen=True, array_like=True):

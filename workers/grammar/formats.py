@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from understudy.errors import CheckpointError, InvalidRequest
 from workers.engine.contract import Grammar
-from workers.engine.formats import Bits, mask_words
+from workers.engine.formats import Bits, Matcher, mask_words
 from workers.grammar.source import lark_of
+from workers.grammar.thought import AfterThought
 from workers.grammar.vocabulary import NO_BYTES, VOCABULARY_FILES, Vocabulary, vocabulary_of
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ FIELDS = {
     "regex": "format.regex",
     "ebnf": "format.grammar",
     "choice": "format.choice",
+    "calls": "tools",
 }
 KEPT = 64  # compiled grammars
 _REASON = 400  # characters of the library's reason that an error repeats
@@ -69,9 +71,10 @@ class TokenFormats:
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._compiled: OrderedDict[Grammar, llguidance.LLMatcher] = OrderedDict()
 
-    def open(self, grammar: Grammar) -> TokenMatcher:
+    def open(self, grammar: Grammar) -> Matcher:
         """A matcher before the first token. Raises InvalidRequest, with field and reason, where the grammar cannot be
         held. May take long."""
+        thought, grammar = grammar.thought, Grammar(grammar.kind, grammar.text)
         with self._lock:
             found = self._compiled.get(grammar)
             if found is not None:
@@ -82,7 +85,11 @@ class TokenFormats:
                 self._compiled[grammar] = found
                 while len(self._compiled) > KEPT:
                     self._compiled.popitem(last=False)
-        return TokenMatcher(found.deep_copy(), self._vocabulary.size)
+        matcher = TokenMatcher(found.deep_copy(), self._vocabulary.size)
+        if thought is None:
+            return matcher
+        before = self.open(Grammar("calls", thought.grammar)) if thought.grammar else None
+        return AfterThought(matcher, thought, self._vocabulary, before)
 
     def _library_tokenizer(self) -> llguidance.LLTokenizer:
         with self._lock:
@@ -174,7 +181,7 @@ class CheckpointFormats:
         self._lock = threading.Lock()
         self._formats: TokenFormats | None = None
 
-    def open(self, grammar: Grammar) -> TokenMatcher:
+    def open(self, grammar: Grammar) -> Matcher:
         """See `TokenFormats.open`. Raises InvalidRequest too where this checkpoint cannot hold any grammar."""
         with self._lock:
             if self._formats is None:

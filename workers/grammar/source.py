@@ -12,7 +12,14 @@ from workers.engine.contract import Grammar
 from workers.grammar.gbnf import is_gbnf, to_lark
 
 MAX_DEPTH = 64  # of brackets and of JSON: the library's parsers recurse
-MAX_BYTES = {"json_schema": 256 << 10, "regex": 64 << 10, "ebnf": 256 << 10, "choice": 2 << 20, "json": 0}
+MAX_BYTES = {
+    "json_schema": 256 << 10,
+    "regex": 64 << 10,
+    "ebnf": 256 << 10,
+    "choice": 2 << 20,
+    "json": 0,
+    "calls": 1 << 20,
+}
 MAX_CHOICES = 1024
 MAX_CHOICE_BYTES = 1024
 MAX_RULES = 2000
@@ -39,6 +46,11 @@ def lark_of(grammar: Grammar) -> str:
 
 
 def _json_schema(text: str) -> str:
+    return f"start: {json_rule(text)}"
+
+
+def json_rule(text: str) -> str:
+    """A JSON Schema as the body of a rule. Raises ValueError."""
     try:
         schema = json.loads(text, parse_constant=_no_constant)
     except RecursionError:
@@ -55,7 +67,7 @@ def _json_schema(text: str) -> str:
         raise ValueError(f"is nested deeper than {MAX_DEPTH}")
     if "x-guidance" in schema:
         raise ValueError("x-guidance is not allowed; leave it out")
-    return "start: %json " + json.dumps(schema | {"x-guidance": _JSON_OPTIONS})
+    return "%json " + json.dumps(schema | {"x-guidance": _JSON_OPTIONS})
 
 
 def _no_constant(name: str) -> float:
@@ -133,6 +145,11 @@ def _ebnf(text: str) -> str:
     return lark
 
 
+def _calls(text: str) -> str:
+    """Comes from the gateway, not from a user: it may name special tokens by id."""
+    return text
+
+
 def _nesting(text: str) -> int:
     depth = deepest = 0
     for char in text:
@@ -141,4 +158,7 @@ def _nesting(text: str) -> int:
     return deepest
 
 
-_BODY = {"json_schema": _json_schema, "json": _json_object, "regex": _regex, "choice": _choice, "ebnf": _ebnf}
+_BODY = {
+    "json_schema": _json_schema, "json": _json_object, "regex": _regex, "choice": _choice, "ebnf": _ebnf,
+    "calls": _calls,
+}  # fmt: skip

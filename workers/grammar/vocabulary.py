@@ -6,12 +6,16 @@ So it is for byte-level BPE, and for SentencePiece's BPE with byte fallback.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from understudy.errors import CheckpointError
+from workers.engine.formats import mask_words
 
 REPLACE_PER_BYTE = "understudy.replace_per_byte"  # an error handler of codecs, see `router.text`
 
@@ -103,6 +107,23 @@ class Vocabulary:
 
     tokens: tuple[bytes, ...]
     size: int
+
+    @cached_property
+    def spoken(self) -> NDArray[np.uint32]:
+        """Bits of the tokens that are text."""
+        return self._bits(bool)
+
+    @cached_property
+    def breaks(self) -> NDArray[np.uint32]:
+        """Bits of the tokens that are line breaks and nothing else."""
+        return self._bits(lambda token: bool(token) and not token.strip(b"\n"))
+
+    def _bits(self, wanted: Callable[[bytes], bool]) -> NDArray[np.uint32]:
+        bits = np.zeros(mask_words(self.size), np.uint32)
+        for i, token in enumerate(self.tokens):
+            if wanted(token):
+                bits[i // 32] |= np.uint32(1 << i % 32)
+        return bits
 
     @classmethod
     def of(cls, table: Sequence[bytes], barred: Collection[int], size: int) -> Vocabulary:

@@ -43,6 +43,7 @@ def test_a_conversation_becomes_a_message() -> None:
         ([{"role": "nobody"}], {}, "role"),
         ("Hi", {"effort": "much"}, "effort"),
         ("Hi", {"tool_choice": "perhaps"}, "tool_choice"),
+        ("Hi", {"tool_choice": {"type": "function"}}, "tool_choice"),
         ("Hi", {"echo": True}, "echo"),
         ("Hi", {"budget": -1}, "reasoning.budget_tokens"),
     ],
@@ -51,6 +52,18 @@ def test_what_no_message_holds(messages: Any, options: Any, field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         chat_request(messages, options)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("required", pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_REQUIRED)),
+        ({"name": "weather"}, pb.ToolChoice(name="weather")),
+        ({"type": "function", "function": {"name": "weather"}}, pb.ToolChoice(name="weather")),
+    ],
+)
+def test_calls_that_must_be_made(given: Any, meant: pb.ToolChoice) -> None:
+    assert chat_request("Hi", {"tools": [TOOL], "tool_choice": given}).tool_choice == meant
 
 
 def test_pieces_of_calls() -> None:

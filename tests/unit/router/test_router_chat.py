@@ -207,12 +207,11 @@ def _with(change: Callable[[pb.ChatRequest], Any]) -> pb.ChatRequest:
         (lambda r: r.messages[0].content.add(), "messages[0].content[1]: has no text"),
         (lambda r: r.tools.add(name="weather"), "tools[1].name: is 'weather'"),
         (lambda r: r.tools.add(name="a b"), "tools[1].name: is 'a b'"),
-        (lambda r: r.tools.add(name="s", strict=True), "tools[1].strict: is not supported yet"),
-        (lambda r: setattr(r.tool_choice, "name", "weather"), "tool_choice: can be auto or none"),
+        (lambda r: setattr(r.tool_choice, "name", "x"), "tool_choice.name: is 'x'; the request's tools are weather"),
         (lambda r: r.template_kwargs.update({"tools": 1}), "template_kwargs: tools cannot be set"),
         (lambda r: setattr(r.response, "echo", True), "response.echo: does not exist"),
         (lambda r: setattr(r, "continue_final_message", True), "continue_final_message: needs a last message"),
-        (lambda r: setattr(r.format, "regex", "a"), "format: goes neither with tools"),
+        (lambda r: setattr(r.format, "regex", "a"), "format: goes not with tools"),
         (lambda r: setattr(r.sampling, "temperature", -1), "sampling.temperature: is -1"),
     ],
 )
@@ -234,3 +233,20 @@ async def test_without_template_and_without_thought(stage: Stage) -> None:
     gateway.put_model(replace(gateway.models.all()[0], chat=ChatTemplate({})))
     with pytest.raises(grpc.aio.AioRpcError, match="model: has no chat template: put one into"):
         await chat(stage, asked(tools=False))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: setattr(r.tool_choice, "name", "weather"), "tool_choice: cannot be kept: this model's template"),
+        (lambda r: setattr(r.tools[0], "strict", True), "tools[0].strict: cannot be kept: this model's template"),
+    ],
+)  # fmt: skip
+async def test_calls_of_an_unknown_format_cannot_be_forced(stage: Stage, change: Any, said: str) -> None:
+    await opened(stage, template="{{ messages[0].content }}<tool_call><function=")
+    request = asked()
+    change(request)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await chat(stage, request)
+    assert problem(caught.value)[:1] == ("INVALID_ARGUMENT",)
+    assert problem(caught.value)[1].startswith(said)
