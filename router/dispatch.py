@@ -19,7 +19,7 @@ from router.channels import Attempt, ChannelPool, Link
 from router.clock import Clock, sleep
 from router.state import Assignment, Query, RouterPort
 from router.validate import ValidRequest
-from understudy.errors import DeadlineExceeded, InternalError, ModelNotFound, Overloaded, Unavailable
+from understudy.errors import DeadlineExceeded, InternalError, InvalidRequest, ModelNotFound, Overloaded, Unavailable
 from workers.cache.events import hints
 from workers.cache.keys import block_keys, prompt_root
 from workers.engine import EngineInfo, FinishReason, SequenceOutput, TokenLogprob, TokenTrace
@@ -150,19 +150,23 @@ class Stream:
         self._placing: asyncio.Task[None] | None = None
         self._placed = False
         self._expired = self._abandoned = False
+        self._refused: InvalidRequest | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._timer = owner.clock.call_at(deadline, self._expire) if deadline is not None else None
 
     async def next(self) -> Batch:
         """What has come of one sequence, waiting where nothing has. Sequences take turns.
 
-        Raises DeadlineExceeded after everything made until then, Overloaded and Unavailable when no replica can be
-        had, InternalError when the engine failed on a sequence twice, or several replicas were lost under it.
+        Raises DeadlineExceeded after everything made until then, and so InvalidRequest where the request's own rules
+        end an answer; Overloaded and Unavailable when no replica can be had, InternalError when the engine failed on a
+        sequence twice, or several replicas were lost under it.
         """
         while True:
             batch = self._take()
             if batch is not None:
                 return batch
+            if self._refused is not None:
+                raise self._refused
             if self._placing is not None and self._placing.done():
                 placing, self._placing = self._placing, None
                 placing.result()
@@ -386,6 +390,9 @@ class Stream:
         """How the engine's end counts here: a cancellation that we did not ask for, and a first failure, are a
         replica lost."""
         if output.finish is FinishReason.ERROR:
+            if output.field:
+                self._refused = self._refused or InvalidRequest(output.error, output.field)
+                return None
             sequence.errors += 1
             log.error("request %s: the engine failed: %s", self._request.request_id, output.error)
             if sequence.errors > 1:

@@ -42,6 +42,10 @@ class ListMatcher:
     def finished(self) -> bool:
         return not self._next()
 
+    @property
+    def error(self) -> str:
+        return ""
+
 
 class ListFormats:
     """Opens grammars of kind `list`: a JSON list of lists of token ids."""

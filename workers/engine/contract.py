@@ -174,8 +174,9 @@ class SequenceOutput(msgspec.Struct, array_like=True):
     tree spared (later members of a family say what the first did), and what was asked for of the prompt's tokens from
     the second on. With the former come `cached_host` and `cached_store`: how many more came from host memory and from
     the shared store. `traces` has one entry per token where a probe was asked for. A format that lets nothing follow
-    ends its answer with EOS, with or without an EOS token. `error` says what went wrong when `finish` is ERROR: that
-    rules leave no token, among other things.
+    ends its answer with EOS, with or without an EOS token. `error` says what went wrong when `finish` is ERROR. Where
+    it is the request's own doing, as when its rules leave no token, `field` is the field to blame, and `error` a text
+    for the client; every replica would end so.
     """
 
     id: str
@@ -188,6 +189,7 @@ class SequenceOutput(msgspec.Struct, array_like=True):
     traces: list[TokenTrace] | None = None
     cached_host: int = 0
     cached_store: int = 0
+    field: str = ""
 
 
 class StepOutput(msgspec.Struct, array_like=True, tag=True):

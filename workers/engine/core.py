@@ -30,7 +30,7 @@ from workers.engine.rows import (
 from workers.engine.sampler import Choice, Row, Sampler, SamplingOps
 from workers.engine.scheduler import Scheduler
 from workers.engine.sequence import Sequence, finish_of
-from workers.engine.ways import Ways, asks, masks_of
+from workers.engine.ways import Ways, asks, masks_of, not_opened, opened
 from workers.experts.dispatch import Dispatcher
 from workers.parallel.errors import GroupBroken
 
@@ -58,6 +58,7 @@ class _Made:
     choices: list[Choice]
     finish: FinishReason | None = None
     error: str = ""
+    field: str = ""  # the request's own, where that is to blame
     seen: list[TokenTrace] | None = None  # one for each choice, and more where drafts were wrong
 
 
@@ -252,13 +253,7 @@ class EngineCore:
         assert formats is not None  # `_refusal` has looked
         assert threads is not None
 
-        def open() -> Matcher:
-            matcher = formats.open(grammar)
-            for token in sequence.request.generated:
-                matcher.accept(token)
-            return matcher
-
-        sequence.opening = threads.submit(open)
+        sequence.opening = threads.submit(opened, formats, grammar, sequence.request.generated)
         self._opening.append(sequence)
 
     def _admit_opened(self) -> None:
@@ -271,7 +266,7 @@ class EngineCore:
             self._opening.remove(sequence)
             self._scheduler.add(sequence)
             if (error := future.exception()) is not None:
-                self._ended.append(self._end(sequence, FinishReason.ERROR, f"grammar: {error}"))
+                self._ended.append(self._end(sequence, FinishReason.ERROR, *not_opened(error)))
                 continue
             sequence.matcher = future.result()
             if sequence.matcher.finished:
@@ -372,7 +367,7 @@ class EngineCore:
     def _append(self, s: Sequence, choice: Choice) -> _Made:
         """What `_take` does, where a sequence asks for nothing and guesses nothing."""
         if choice.error:
-            return _Made(s, [], FinishReason.ERROR, choice.error)
+            return _Made(s, [], FinishReason.ERROR, choice.error, choice.field)
         s.tokens.append(choice.token)
         self._scheduler.counts.generated_tokens += 1
         return _Made(s, [choice], finish_of(s.request, s.made, (choice.token,)))
@@ -382,7 +377,9 @@ class EngineCore:
         for j, choice in enumerate(choices):
             if choice.error or choice.over:
                 made.finish = FinishReason.ERROR if choice.error else FinishReason.EOS
-                made.error = choice.error
+                made.error, made.field = choice.error, choice.field
+                if choice.field and s.matcher is not None and s.matcher.error:
+                    made.error, made.field = s.matcher.error, "format"
                 break
             s.tokens.append(choice.token)
             made.choices.append(choice)
@@ -413,7 +410,7 @@ class EngineCore:
 
     def _report(self, made: _Made) -> SequenceOutput:
         s, choices = made.sequence, made.choices
-        output = self._output(s) if made.finish is None else self._end(s, made.finish, made.error)
+        output = self._output(s) if made.finish is None else self._end(s, made.finish, made.error, made.field)
         if len(choices) == 1:
             output.token_ids.append(choices[0].token)
         else:
@@ -436,7 +433,7 @@ class EngineCore:
             output.prompt_logprobs = None if sequence.asks_prompt else sequence.told
         return output
 
-    def _end(self, sequence: Sequence, finish: FinishReason, error: str = "") -> SequenceOutput:
+    def _end(self, sequence: Sequence, finish: FinishReason, error: str = "", field: str = "") -> SequenceOutput:
         """The sequence leaves and its blocks are free; its last output."""
         del self._sequences[sequence.id]
         self._probed -= looks_inside(sequence.request)
@@ -449,7 +446,7 @@ class EngineCore:
         if self._proposer is not None:
             self._proposer.forget(sequence.id)
         output = self._output(sequence)
-        output.finish, output.error = finish, error
+        output.finish, output.error, output.field = finish, error, field
         return output
 
     def _fail(self, error: Exception) -> list[SequenceOutput]:

@@ -44,6 +44,10 @@ class Matcher(Protocol):
     def finished(self) -> bool:
         """The answer is whole and nothing can follow but its end."""
 
+    @property
+    def error(self) -> str:
+        """Why the format was given up on its way, which is a dead end; empty while all is well."""
+
 
 class Formats(Protocol):
     """Opens matchers. Thread-safe: grammars are compiled on threads beside the engine's."""

@@ -87,12 +87,13 @@ class Row:
 
 @dataclass(slots=True)
 class Choice:
-    """What a row became: a token, or `error` where it has none; `over`: the format lets nothing follow, the answer
-    ends before it."""
+    """What a row became: a token, or `error` where it has none, by the request's `field` or, where that is empty, by
+    the model's fault; `over`: the format lets nothing follow, the answer ends before it."""
 
     token: int
     logprob: TokenLogprob | None = None
     error: str = ""
+    field: str = ""
     over: bool = False
     candidates: list[Candidate] | None = None
 
@@ -151,7 +152,7 @@ class Sampler:
             elif extra is not None and extra.may_end:
                 choice.over = True
             else:
-                choice.error = "no token is left: format, bad words and min_tokens bar all; relax one of them"
+                choice.field, choice.error = _conflict(rows[i])
             if extra is not None and extra.candidates is not None and not (choice.error or choice.over):
                 logprobs = self._ops.logprobs(whole_rows(logits, [i])).cpu().numpy()[0]
                 choice.candidates = candidates(logprobs, value, rows[i], choice.token)
@@ -160,6 +161,27 @@ class Sampler:
         values = self._ops.logprobs(whole_rows(logits, which)).cpu().numpy()
         for value, i in zip(values, which, strict=True):
             choices[i].logprob = token_logprob(value, choices[i].token, rows[i].logprobs or 0)
+
+
+def _conflict(row: Row) -> tuple[str, str]:
+    """The field to blame where no token is left, and why."""
+    rules = [
+        name
+        for name, bars in (
+            ("format", row.extra is not None and row.extra.mask is not None),
+            ("sampling.bad_words", row.extra is not None and len(row.extra.barred) > 0),
+            ("stopping.min_tokens", len(row.barred) > 0),
+        )
+        if bars
+    ]
+    where = f"after {row.position} tokens of the answer"
+    if row.extra is not None and row.extra.mask is not None and not row.extra.mask.any():
+        return "format", f"lets nothing follow {where}, though it is not whole; allow more"
+    if not rules:
+        return "", "the model's logits rule out every token"
+    if len(rules) == 1:
+        return rules[0], f"leaves no token {where}; allow more"
+    return rules[0], f"leaves no token {where}, together with {' and '.join(rules[1:])}; relax one of them"
 
 
 def _shaped(row: Row) -> bool:

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from workers.engine.contract import Request
-from workers.engine.formats import Bits, Matcher, mask_words
+from understudy.errors import InvalidRequest
+from workers.engine.contract import Grammar, Request
+from workers.engine.formats import Bits, Formats, Matcher, mask_words
 from workers.engine.penalties import Bias, Penalized, Seen, penalizes
 from workers.engine.sampler import Extra
 from workers.engine.sequence import begun_words, forced_id
@@ -84,6 +85,26 @@ class Ways:
     def _forced(self, tokens: Sequence[int], end: int) -> int | None:
         rule = self._request.interjection
         return None if rule is None else forced_id(rule, tokens, self._start, end)
+
+
+def opened(formats: Formats, grammar: Grammar, generated: Sequence[int]) -> Matcher:
+    """The matcher after the tokens that the caller already has. Raises as `Formats.open` does."""
+    matcher = formats.open(grammar)
+    try:
+        for token in generated:
+            matcher.accept(token)
+    except ValueError as error:
+        raise InvalidRequest(f"are not of this request: {error}", "resume.sequences") from error
+    return matcher
+
+
+def not_opened(error: BaseException) -> tuple[str, str]:
+    """Why a format could not be opened, and the request's field to blame: empty where it is a fault of ours."""
+    if isinstance(error, InvalidRequest):
+        return error.message.removeprefix(f"{error.field}: "), error.field or "format"
+    if isinstance(error, ValueError):
+        return str(error), "format"
+    return f"{type(error).__name__}: {error}", ""
 
 
 def masks_of(matcher: Matcher, drafts: Sequence[int], ends: Sequence[int], vocab_size: int) -> list[tuple[Bits, bool]]:

@@ -109,7 +109,7 @@ class TokenFormats:
             row: Bits = np.zeros(mask_words(self._vocabulary.size), dtype=np.uint32)
             may_end = first.mask_into(row)
             if first.error and "NoExtension" not in first.error:
-                raise InvalidRequest(_reason(first.error, grammar.kind), field)
+                raise InvalidRequest(first.reason(grammar.kind), field)
             if not may_end and not row.any():
                 raise InvalidRequest("no answer of this model can match it", field)
             return compiled
@@ -129,7 +129,7 @@ class TokenMatcher:
         bits = self._bits
         self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         if self._matcher.is_error():
-            log.info("an answer's format was given up: %s", _reason(self._matcher.get_error(), ""))
+            log.info("an answer's format was given up: %s", self.error)
             row[:] = 0
             return False
         bits[self._size // 32] &= np.uint32(0xFFFFFFFF ^ (1 << self._size % 32))  # the end that no model has
@@ -153,8 +153,12 @@ class TokenMatcher:
 
     @property
     def error(self) -> str:
-        """Why nothing can be said any more; empty while all is well."""
-        return self._matcher.get_error() if self._matcher.is_error() else ""
+        """See the port."""
+        return self.reason()
+
+    def reason(self, kind: str = "") -> str:
+        """Why nothing can be said any more, of a grammar of this kind; empty while all is well."""
+        return _reason(self._matcher.get_error(), kind) if self._matcher.is_error() else ""
 
 
 def _reason(error: str, kind: str) -> str:

@@ -97,6 +97,11 @@ class AfterThought:
         """See the port."""
         return self._place is not _Place.THOUGHT and self._format.finished
 
+    @property
+    def error(self) -> str:
+        """See the port."""
+        return self._format.error or (self._before.error if self._before is not None else "")
+
 
 def _set(row: Bits, token: int) -> None:
     row[token // 32] |= np.uint32(1 << token % 32)

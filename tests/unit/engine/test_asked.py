@@ -46,6 +46,7 @@ def said(outputs: list[SequenceOutput]) -> dict[str, Any]:
         "prompt": outputs[0].prompt_logprobs,
         "finish": outputs[-1].finish,
         "error": outputs[-1].error,
+        "field": outputs[-1].field,
     }
 
 
@@ -335,11 +336,19 @@ def test_a_format_that_ends_early_ends_min_tokens_too():
 def test_contradictions_end_with_the_reason():
     answer = alone(formatted([9, 8], sampling=Sampling(bad_words=[[9, 8]])))
     assert answer["finish"] is FinishReason.ERROR
-    assert "no token is left" in answer["error"]
+    why = "leaves no token after 1 tokens of the answer, together with sampling.bad_words; relax one of them"
+    assert (answer["field"], answer["error"]) == ("format", why)
     assert answer["tokens"] == [9]
     forced = alone(formatted([9, 8], interjection=Interjection(1, [7])))
     assert forced["finish"] is FinishReason.ERROR
     assert "does not allow token 7" in forced["error"]
+    assert forced["field"] == ""
+    every = alone(Request("a", [1, 2], 12, sampling=Sampling(bad_words=[[i] for i in range(VOCAB)])))
+    assert (every["field"], every["tokens"]) == ("sampling.bad_words", [])
+    words = [[i] for i in range(VOCAB) if i != 3]
+    early = Request("a", [1, 2], 12, min_tokens=2, eos_ids=[3], sampling=Sampling(bad_words=words))
+    why = "leaves no token after 0 tokens of the answer, together with stopping.min_tokens; relax one of them"
+    assert (alone(early)["field"], alone(early)["error"]) == ("sampling.bad_words", why)
 
 
 def test_a_format_that_cannot_be_held_ends_only_its_request():
@@ -347,12 +356,48 @@ def test_a_format_that_cannot_be_held_ends_only_its_request():
     engine, _ = paged_engine(64, formats=ListFormats())
     outputs = run(engine, bad, Request("b", [1], 4))
     assert outputs["bad"][-1].finish is FinishReason.ERROR
-    assert "x cannot be held here" in outputs["bad"][-1].error
+    assert outputs["bad"][-1].error == "x cannot be held here"
+    assert outputs["bad"][-1].field == "format"
     assert len(tokens(outputs["b"])) == 4
     none, _ = paged_engine(64)
     (output,) = run(none, formatted([1]))["a"]
     assert "without formats" in output.error
     none.check_idle()
+
+
+def test_a_resumed_answer_that_is_not_of_its_format_is_the_callers_mistake():
+    answer = alone(formatted([9, 8, 7], generated=[9, 7]))
+    assert (answer["finish"], answer["field"], answer["tokens"]) == (FinishReason.ERROR, "resume.sequences", [])
+    assert answer["error"] == "are not of this request: 7 does not follow [9]"
+
+
+def test_a_fault_of_ours_while_a_format_is_opened_blames_no_field():
+    class Broken(ListFormats):
+        def open(self, grammar):
+            raise RuntimeError("out of luck")
+
+    (output,) = run(paged_engine(64, formats=Broken())[0], formatted([9]))["a"]
+    assert (output.finish, output.field, output.error) == (FinishReason.ERROR, "", "RuntimeError: out of luck")
+
+
+def test_a_format_that_is_given_up_on_its_way_says_why():
+    class GivenUp(ListFormats):
+        def open(self, grammar):
+            matcher = super().open(grammar)
+
+            class Tired:
+                error = "cannot be held: too much work"
+                finished = False
+                accept, rollback = matcher.accept, matcher.rollback
+
+                def mask_into(self, row):
+                    row[:] = 0
+                    return False
+
+            return Tired()
+
+    (output,) = run(paged_engine(64, formats=GivenUp())[0], formatted([9]))["a"]
+    assert (output.field, output.error) == ("format", "cannot be held: too much work")
 
 
 def test_a_sequence_can_be_cancelled_while_its_format_is_opened():

@@ -216,3 +216,24 @@ async def test_calls_that_cannot_be_held_are_refused_by_name(demo: Stage, change
     code, message, _, _ = problem(caught.value)
     assert code == "INVALID_ARGUMENT"
     assert message.startswith(said), message
+
+
+async def test_rules_that_leave_no_token_are_told_to_the_client(demo: Stage) -> None:
+    """Which rule, where, and the way out; after the text that was made until then."""
+    request = asked(sampling=pb.Sampling(seed=1, bad_words=["7"]), format=pb.Format(regex="1237[0-9]*"))
+    request.reasoning.effort = pb.REASONING_EFFORT_NONE
+    messages = []
+
+    async def listen() -> None:
+        async for message in demo.stub.Chat(request):
+            messages.append(message)
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await listen()
+    code, message, _, (bad,) = problem(caught.value)
+    assert (code, bad.field_violations[0].field) == ("INVALID_ARGUMENT", "format")
+    why = r"format: leaves no token after [1-3] tokens of the answer, together with sampling\.bad_words; relax one"
+    assert re.match(why, message)
+    assert "".join(m.delta.text for m in messages) == "123"
+    assert demo.gateway is not None
+    assert demo.gateway.dispatcher.failovers == 0
