@@ -34,8 +34,17 @@ $(READY): requirements.lock pyproject.toml
 serve: $(READY)
 	@exec $(BIN)/understudy serve $(ARGS)
 
+# What needs no service of its own runs in as many processes as there are cores; the others one after the other. The
+# kernels are built first, so that the processes do not all build them.
+ALONE := tests/cluster
 test: $(READY)
+ifeq ($(strip $(ARGS)),)
+	@$(BIN)/python -c 'from workers.kernels.build import build; build()' 2>/dev/null || true
+	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ALONE:%=--ignore=%)
+	@$(BIN)/python -m pytest $(ALONE)
+else
 	@$(BIN)/python -m pytest $(ARGS)
+endif
 
 lint: $(READY) check-proto
 	@$(BIN)/ruff check .

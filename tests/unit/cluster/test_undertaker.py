@@ -28,9 +28,15 @@ sys.stdin.read()
 
 
 def sleeper(mark: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-c", "import time; time.sleep(600)"], env=os.environ | {undertaker.MARK: mark}
+    """A process that runs: before its first line, /proc may not show its environment yet."""
+    program = "import time; print(flush=True); time.sleep(600)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], env=os.environ | {undertaker.MARK: mark}, stdout=subprocess.PIPE
     )
+    assert process.stdout is not None
+    with process.stdout as up:
+        assert up.readline() == b"\n"
+    return process
 
 
 def test_only_ours_are_buried(tmp_path: Path) -> None:
@@ -44,8 +50,9 @@ def test_only_ours_are_buried(tmp_path: Path) -> None:
         assert theirs.poll() is None
         assert undertaker.bury(mark, tmp_path, 5.0) == 0
     finally:
-        theirs.kill()
-        theirs.wait(10)
+        for process in (ours, theirs):
+            process.kill()
+            process.wait(10)
 
 
 def test_a_killed_parent_leaves_neither_process_nor_directory(tmp_path: Path) -> None:

@@ -253,12 +253,12 @@ async def test_a_client_that_goes_away_frees_all_sequences(stage: Stage) -> None
 async def test_a_slow_client_gets_every_sequence_whole(stage: Stage) -> None:
     replica = stage.add_replica(max_context=8_000)
     gateway = await stage.open(patience=Patience(retry=0.01, buffered_tokens=256))
-    request = four(stopping=pb.Stopping(max_tokens=6_000, ignore_eos=True), response=pb.ResponseOptions(logprobs=10))
+    request = four(stopping=pb.Stopping(max_tokens=2_500, ignore_eos=True), response=pb.ResponseOptions(logprobs=10))
     call = stage.stub.Generate(request)
     messages = [await call.read()]
     await until(lambda: not replica.loop._owners, 60)
     split = await rest_of(call, messages)
-    assert [len(ids) for ids in split.ids] == [6_000] * N
+    assert [len(ids) for ids in split.ids] == [2_500] * N
     request.ClearField("response")
     assert (await whole(stage, request)).ids == split.ids
     assert gateway.dispatcher.failovers == 0

@@ -242,11 +242,11 @@ async def test_resume_within_held_back_text(stage: Stage) -> None:
 
 async def test_a_slow_client_is_parked_and_gets_everything(stage: Stage) -> None:
     """Its stream leaves the engine while it does not read, and goes on where it stopped."""
-    replica = stage.add_replica(max_context=20_000)
+    replica = stage.add_replica(max_context=8_000)
     gateway = await stage.open(patience=Patience(retry=0.01, buffered_tokens=64))
     request = pb.GenerateRequest(
         text="hi",
-        stopping=pb.Stopping(max_tokens=15_000, ignore_eos=True),
+        stopping=pb.Stopping(max_tokens=6_000, ignore_eos=True),
         response=pb.ResponseOptions(logprobs=10),
         sampling=pb.Sampling(seed=3),
     )
@@ -254,12 +254,12 @@ async def test_a_slow_client_is_parked_and_gets_everything(stage: Stage) -> None
     first = await call.read()
     await until(lambda: not replica.loop._owners, 60)
     (stream,) = gateway.dispatcher.streams
-    assert len(stream._sequences[0].tokens) < 15_000
+    assert len(stream._sequences[0].tokens) < 6_000
     messages = [first]
     while (message := await call.read()) is not grpc.aio.EOF:
         messages.append(message)
     answer = Answer(messages)
-    assert (len(answer.ids), answer.reason) == (15_000, "LENGTH")
+    assert (len(answer.ids), answer.reason) == (6_000, "LENGTH")
     plain = await stage.generate(pb.GenerateRequest(text="hi", stopping=request.stopping, sampling=request.sampling))
     assert plain.ids == answer.ids
     assert gateway.dispatcher.failovers == 0
