@@ -10,6 +10,7 @@ from llguidance import regex_to_lark
 
 from workers.engine.contract import Grammar
 from workers.grammar.gbnf import is_gbnf, to_lark
+from workers.grammar.schema import simplified
 
 MAX_DEPTH = 64  # of brackets and of JSON: the library's parsers recurse
 MAX_BYTES = {
@@ -67,7 +68,7 @@ def json_rule(text: str) -> str:
         raise ValueError(f"is nested deeper than {MAX_DEPTH}")
     if "x-guidance" in schema:
         raise ValueError("x-guidance is not allowed; leave it out")
-    return "%json " + json.dumps(schema | {"x-guidance": _JSON_OPTIONS})
+    return "%json " + json.dumps(simplified(schema) | {"x-guidance": _JSON_OPTIONS})
 
 
 def _no_constant(name: str) -> float:
