@@ -8,9 +8,9 @@
 
 `service` runs `understudy serve --replicas 2` with a device cache of two prompts, sends prompts of a 2,048-token
 prefix, and sorts the answers by what the service itself said about where the prefix was; medians. `faults` runs two
-engines of the bundled model in one process, one with the store and one without, in turns on the same prompts. `tenants`
-sends the same prompts with two tokens, interleaved, and gives the AUC of times to first token (0.5: not told apart;
-ties half).
+engines of the bundled model in one process, one with the store and one without, in turns on the same prompts.
+`tenants` sends the same prompts with two tokens, interleaved, and gives the AUC of times to first token (0.5: not told
+apart; ties half).
 """
 
 from __future__ import annotations

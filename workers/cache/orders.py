@@ -90,9 +90,9 @@ class StoreCounts:
 class StorePort(Protocol):
     """The tiers of all ranks, as the leader sees them, on the engine's thread.
 
-    `workers.cache.store.BlockStore` is that of a group of one rank. With several, `find` and `has_host` are the
-    leader's own (it asks for every head, not only for its own), and `poll` passes an `Arrived` on when all ranks have
-    told it, `ok` where all were.
+    `workers.cache.store.BlockStore` keeps it. Where there are several ranks, `find` and `has_host` are the leader's own
+    (it asks for every head, not only for its own), and `poll` passes an `Arrived` on when all ranks have told it, `ok`
+    where all were.
     """
 
     @property
@@ -101,6 +101,10 @@ class StorePort(Protocol):
 
     @property
     def counts(self) -> StoreCounts: ...
+
+    @property
+    def gathers(self) -> bool:
+        """Whether other ranks have to be asked what has arrived: by `StepPlan.gather`."""
 
     @property
     def reachable(self) -> bool:

@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
+import msgspec
 import numpy as np
 
 from workers.cache.breaker import Breaker
@@ -33,8 +36,20 @@ from workers.cache.writer import Entry, Writer
 
 STAGING_BYTES = 64 << 20  # of slots at least: what is on its way between Redis and the cache lies in them
 CLOSE_S = 2.0
+GATHERED = 1024  # arrivals that a rank tells at once
+GATHER_S = 0.001  # the leader does not wait longer for its own: others may have told theirs
 
 log = logging.getLogger(__name__)
+_encode = msgspec.msgpack.encode
+_decode = msgspec.msgpack.Decoder(list[Arrived]).decode
+
+
+class Exchange(Protocol):
+    """Of `workers.parallel.group.Group`."""
+
+    rank: int
+
+    def exchange(self, message: bytes) -> list[bytes]: ...
 
 
 def main_group(windows: Sequence[int | None]) -> int:
@@ -43,9 +58,9 @@ def main_group(windows: Sequence[int | None]) -> int:
 
 
 class BlockStore:
-    """Keeps `workers.cache.orders.StorePort` for a group of one rank; of a larger group it is one rank's part.
+    """Keeps `workers.cache.orders.StorePort` at the leader; at the other ranks it is their part of it.
 
-    `apply` and everything else but its threads belong to the engine's thread. `main`: see `main_group`.
+    `apply`, `gather` and everything else but its threads belong to the engine's thread. `main`: see `main_group`.
     """
 
     def __init__(
@@ -54,6 +69,7 @@ class BlockStore:
         config: StoreConfig,
         heads: range | None = None,
         total_heads: int | None = None,
+        ranks: int = 1,
         main: int = 0,
         clock: Callable[[], float] = time.monotonic,
         remote: Callable[[], Remote] | None = None,
@@ -78,6 +94,11 @@ class BlockStore:
         self._box: Box[Found | Arrived] = Box()
         self._known = Known()
         self._observer: Observer | None = None
+        self._ranks = ranks
+        self._mine: deque[Arrived] = deque()  # of several ranks: what this one has not told yet
+        self._told: dict[tuple[int, int], list[Arrived]] = {}  # at the leader: what some ranks have told
+        self._whole: list[Arrived] = []  # and all
+        self._found: list[Found] = []
         self._closed = False
         self._landing = Landing(caches, self.host)
         copier = HostCopier(self._landing, self._box, self._counts, self._rates[Tier.HOST], self.block_bytes)
@@ -194,10 +215,43 @@ class BlockStore:
             if self._observer is not None:
                 for present, key in changes:
                     self._observer(tier, present, key)
-        return self._box.take()
+        if self._ranks == 1:
+            return self._box.take()
+        self._sort()
+        events: list[Found | Arrived] = [*self._found, *self._whole]
+        self._found, self._whole = [], []
+        return events
 
     def wait(self, timeout_s: float) -> None:
-        self._box.wait(timeout_s)
+        self._box.wait(timeout_s if self._ranks == 1 else min(timeout_s, GATHER_S))
+
+    @property
+    def gathers(self) -> bool:
+        return self._ranks > 1
+
+    def gather(self, group: Exchange) -> None:
+        """Tells the other ranks what has arrived here. At the leader, `poll` then has what has arrived everywhere."""
+        self._sort()
+        mine = [self._mine.popleft() for _ in range(min(len(self._mine), GATHERED))]
+        messages = group.exchange(_encode(mine))
+        if group.rank:
+            return
+        for message in messages:
+            for event in _decode(message):
+                told = self._told.setdefault((event.number, event.index), [])
+                told.append(event)
+                if len(told) == self._ranks:
+                    del self._told[event.number, event.index]
+                    ok, tier = all(e.ok for e in told), max(e.tier for e in told)
+                    self._whole.append(Arrived(event.number, event.index, ok, tier))
+
+    def _sort(self) -> None:
+        """What this rank's threads have left: answers to the leader's questions, and what all ranks have to tell."""
+        for event in self._box.take():
+            if isinstance(event, Found):
+                self._found.append(event)
+            else:
+                self._mine.append(event)
 
     def rate(self, tier: Tier) -> float:
         return self._rates[tier].value

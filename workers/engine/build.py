@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from workers.engine.drafts import Proposer
     from workers.engine.runner import Runner, RunnerInfo
     from workers.parallel.group import Group
-
-log = logging.getLogger(__name__)
 
 DEFAULT_CHUNK_TOKENS = 512  # rows a step has at most: large enough to be bound by arithmetic, small enough to be short
 DEFAULT_MAX_RUNNING = 64
@@ -98,17 +95,19 @@ def open_store(config: EngineConfig, runner: Runner) -> BlockStore | None:
         store = msgspec.structs.replace(store, host_bytes=host_bytes)
     if not store.host_bytes and store.url is None:
         return None
-    if runner.divided:  # ranks do not tell each other yet what has arrived
-        log.warning("no prefix store behind the cache: a model that is divided among ranks has none")
-        return None
-    return BlockStore(runner.caches, store, main=main_group(runner.info.windows))
+    ranks = runner.ranks
+    store = msgspec.structs.replace(store, host_bytes=(store.host_bytes or 0) // ranks)
+    main = main_group(runner.info.windows)
+    return BlockStore(runner.caches, store, runner.heads, runner.total_heads, ranks=ranks, main=main)
 
 
 def build_rank(config: EngineConfig, group: Group) -> Runner:
     """What another rank than the first has: a runner that follows. Raises CheckpointError or ConfigError."""
     from workers.engine.runner import Runner
 
-    return Runner.from_checkpoint(config, None, group_of(config, group))
+    runner = Runner.from_checkpoint(config, None, group_of(config, group))
+    runner.store = open_store(config, runner)
+    return runner
 
 
 def group_of(config: EngineConfig, group: Group | None) -> Group:

@@ -204,7 +204,7 @@ class EngineCore:
     def _run_orders(self, plan: StepPlan) -> list[SequenceOutput]:
         """A step that computes nothing: everybody waits for a load, or nobody is there and blocks are to be saved."""
         try:
-            if plan.floors or plan.saves or plan.loads:
+            if plan.orders:
                 self._runner.run(plan)
         except Exception as error:
             return self._fail(error)

@@ -137,6 +137,7 @@ class Loads:
         """Puts into the plan what ranks have to do."""
         plan.floors, self._floors = self._floors, []
         plan.loads, self._begun = self._begun, []
+        plan.gather = self._port.gathers and any(load.pending for load in self._open.values())
         if self._cache.fresh:
             plan.saves, self._cache.fresh = self._cache.fresh, []
 

@@ -43,7 +43,8 @@ class StepPlan:
     Before it computes anything, each rank does what the plan says about the prefix store, in the order of these
     fields: `floors` (number of a load, index) gives up what that load has not yet brought of the blocks before the
     index, so that nobody but the step writes to them from now on; `saves` are copied out of the cache; `loads` begin,
-    beside this and later steps. A block that is being fetched is in no chunk of the plan.
+    beside this and later steps. With `gather`, all ranks then tell the leader what has arrived at theirs. A block that
+    is being fetched is in no chunk of the plan.
     """
 
     step: int
@@ -51,6 +52,12 @@ class StepPlan:
     floors: list[tuple[int, int]] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
+    gather: bool = False
+
+    @property
+    def orders(self) -> bool:
+        """Whether ranks have something to do besides computing."""
+        return bool(self.floors or self.saves or self.loads or self.gather)
 
     @property
     def rows(self) -> int:

@@ -92,6 +92,10 @@ class Runner:
         ]
         self.store: BlockStore | None = None  # the tiers behind the caches: whoever builds the engine sets it
         self.block_bytes = block_bytes(spec, ops, self._share)
+        self.ranks = self._group.size
+        # Which KV heads this rank's caches hold, by their index in the model, and of how many.
+        self.heads = range(1) if a.latent else self._share.kv_heads(spec.attention)
+        self.total_heads = 1 if a.latent else spec.attention.kv_heads
         self.info = RunnerInfo(
             model_fingerprint=fingerprint,
             numerics_id=ops.numerics_id + self._share.numerics,
@@ -179,16 +183,17 @@ class Runner:
         memory that is not theirs. Raises GroupBroken when another rank is lost; nothing can be run any more then.
         """
         decoder = self._open()
-        if self.store is not None:
-            self.store.apply(plan.floors, plan.saves, plan.loads)
-        if not plan.chunks:
-            return torch.zeros(0, decoder.spec.vocab_size, dtype=decoder.ops.dtype)
-        step = self._prepare(plan)
+        nothing = torch.zeros(0, decoder.spec.vocab_size, dtype=decoder.ops.dtype)
+        if not plan.chunks and not plan.orders:
+            return nothing
+        step = self._prepare(plan) if plan.chunks else None
         if not self.divided:
-            return self._compute(step)
+            self._obey(plan)
+            return nothing if step is None else self._compute(step)
         self._group.tell(encode_plan(plan))
         try:
-            return self._compute(step)
+            self._obey(plan)
+            return nothing if step is None else self._compute(step)
         except GroupBroken:
             raise
         except Exception as error:  # the others are in the middle of the step and would wait for ever
@@ -199,12 +204,22 @@ class Runner:
         """Runs what rank 0 tells, until it closes. Raises GroupBroken when a rank is lost, this one included."""
         try:
             while message := self._group.hear():
-                self._compute(self._prepare(decode_plan(message)))
+                plan = decode_plan(message)
+                self._obey(plan)
+                if plan.chunks:
+                    self._compute(self._prepare(plan))
         except GroupBroken:
             raise
         except Exception as error:
             self._group.abort(f"rank {self._group.rank} failed: {type(error).__name__}: {error}")
             raise GroupBroken(f"rank {self._group.rank} failed: {type(error).__name__}: {error}") from error
+
+    def _obey(self, plan: StepPlan) -> None:
+        """Does what the plan says of the prefix store."""
+        if self.store is not None and plan.orders:
+            self.store.apply(plan.floors, plan.saves, plan.loads)
+            if plan.gather:
+                self.store.gather(self._group)
 
     def _prepare(self, plan: StepPlan) -> Step:
         chunks = plan.chunks
@@ -258,7 +273,9 @@ class Runner:
         return logits
 
     def close(self) -> None:
-        """Lets go of weights and cache, and of the other ranks. Idempotent."""
+        """Lets go of weights and cache, of what lies behind it, and of the other ranks. Idempotent."""
+        if self.store is not None:
+            self.store.close()
         if self._decoder is not None and self.divided and self._group.rank == 0:
             try:
                 self._group.tell(b"")

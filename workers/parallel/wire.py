@@ -6,6 +6,7 @@ from array import array
 
 import msgspec
 
+from workers.cache.orders import Load, Save
 from workers.engine.contract import Probe
 from workers.engine.plan import Chunk, StepPlan
 
@@ -25,6 +26,10 @@ class _Chunk(msgspec.Struct, array_like=True):
 class _Plan(msgspec.Struct, array_like=True):
     step: int
     chunks: list[_Chunk]
+    floors: list[tuple[int, int]]
+    saves: list[Save]
+    loads: list[Load]
+    gather: bool
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -43,6 +48,7 @@ def encode_plan(plan: StepPlan) -> bytes:
                 )
                 for c in plan.chunks
             ],
+            plan.floors, plan.saves, plan.loads, plan.gather,
         )
     )  # fmt: skip
 
@@ -59,4 +65,5 @@ def decode_plan(message: bytes) -> StepPlan:
             )
             for c in plan.chunks
         ],
+        plan.floors, plan.saves, plan.loads, plan.gather,
     )  # fmt: skip

@@ -34,7 +34,7 @@ class Port:
     def __init__(self, rate: float) -> None:
         self.block_bytes: Many[int] = (BLOCK_BYTES,)
         self.counts = StoreCounts()
-        self.reachable = True
+        self.reachable, self.gathers = True, False
         self.events: list[Found | Arrived] = []
         self.searches: list[tuple[int, Many[tuple[bytes, tuple[int, ...]]]]] = []
         self.in_host: set[bytes] = set()
