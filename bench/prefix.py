@@ -68,7 +68,7 @@ def first_token(client: Any, prompt: list[int]) -> tuple[float, dict[str, int]]:
     with client.generate(prompt, max_tokens=1, ignore_eos=True, temperature=0.0, timeout=600.0) as stream:
         next(iter(stream))
         seconds = time.perf_counter() - begun
-        cached = stream.info.cached_tokens
+        cached = stream.prompt.cached_tokens
         return seconds, {"device": cached.device, "host": cached.host, "store": cached.store}
 
 
