@@ -6,6 +6,7 @@ blocks of one system prompt: there are far fewer sets than blocks.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import IntEnum
 
 import numpy as np
@@ -25,6 +26,11 @@ class Held(IntEnum):
 KINDS = len(Held)
 
 
+def way_of(number: int, slot: int, held: Held, added: bool) -> int:
+    """Names a step from one set to another."""
+    return (KINDS * slot + held) << 33 | added << 32 | number
+
+
 class HolderSets:
     """Sets by number; 0 is the empty one. Numbers are given out until `keep` says which are still in use."""
 
@@ -32,7 +38,7 @@ class HolderSets:
         self._members: list[frozenset[int]] = [frozenset()]
         self._numbers: dict[frozenset[int], int] = {frozenset(): 0}
         self._slots: list[tuple[Slots, Slots] | None] = [None]
-        self._next: dict[tuple[int, int, bool], int] = {}
+        self.known: dict[int, int] = {}  # by `way`: what `added` and `removed` have answered
         self._alive = 1  # sets at the last `keep`
 
     def __len__(self) -> int:
@@ -45,8 +51,7 @@ class HolderSets:
 
     def added(self, number: int, slot: int, held: Held) -> int:
         """The set that also has this holder. What is on the device is expected no more."""
-        way = (number, KINDS * slot + held, True)
-        known = self._next.get(way)
+        known = self.known.get(way := way_of(number, slot, held, True))
         if known is None:
             members, base = self._members[number], KINDS * slot
             if held is Held.EXPECTED and base + Held.DEVICE in members:
@@ -54,15 +59,14 @@ class HolderSets:
             else:
                 gone = {base + Held.EXPECTED} if held is Held.DEVICE else set()
                 known = self._intern((members - gone) | {base + held})
-            self._next[way] = known
+            self.known[way] = known
         return known
 
     def removed(self, number: int, slot: int, held: Held) -> int:
         """The set without this holder."""
-        way = (number, KINDS * slot + held, False)
-        known = self._next.get(way)
+        known = self.known.get(way := way_of(number, slot, held, False))
         if known is None:
-            known = self._next[way] = self._intern(self._members[number] - {KINDS * slot + held})
+            known = self.known[way] = self._intern(self._members[number] - {KINDS * slot + held})
         return known
 
     def has(self, number: int, slot: int, held: Held) -> bool:
@@ -72,15 +76,20 @@ class HolderSets:
         """Who has the block on the device (or soon will), and who in host memory alone; each slot once."""
         known = self._slots[number]
         if known is None:
-            members = self._members[number]
-            fast = {m // KINDS for m in members if m % KINDS != Held.HOST}
-            slow = {m // KINDS for m in members if m % KINDS == Held.HOST} - fast
-            known = self._slots[number] = np.array(sorted(fast), np.int64), np.array(sorted(slow), np.int64)
+            members = np.fromiter(self._members[number], np.int64, len(self._members[number]))
+            slots = members // KINDS
+            host = members - KINDS * slots == Held.HOST
+            fast, slow = slots[~host], slots[host]  # nobody has a block on the device and expects it, too
+            if len(slow):
+                quicker = np.zeros(int(slots.max()) + 1, np.bool_)
+                quicker[fast] = True
+                slow = slow[~quicker[slow]]
+            known = self._slots[number] = fast, slow
         return known
 
-    def without(self, slot: int) -> NDArray[np.uint32]:
-        """For each set the one without anything of this slot."""
-        mine = {KINDS * slot + held for held in Held}
+    def without(self, slot: int, kinds: Iterable[Held] = Held) -> NDArray[np.uint32]:
+        """For each set the one in which this slot holds nothing in any of these ways."""
+        mine = {KINDS * slot + held for held in kinds}
         changed = [i for i, members in enumerate(self._members) if not mine.isdisjoint(members)]
         numbers = [self._intern(self._members[i] - mine) for i in changed]
         result = np.arange(len(self._members), dtype=np.uint32)
@@ -96,7 +105,7 @@ class HolderSets:
         self._members = [self._members[i] for i in kept]
         self._slots = [self._slots[i] for i in kept]
         self._numbers = {members: i for i, members in enumerate(self._members)}
-        self._next.clear()
+        self.known.clear()
         self._alive = len(self._members)
         return numbers
 

@@ -26,13 +26,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from router.holders import Held, HolderSets
+from router.holders import Held, HolderSets, way_of
 from router.table import KeyTable
 from workers.cache.events import Changes, Tier
 
 EXPECT_S = 60.0  # an assignment's blocks that were never told are forgotten after this
 SETTLED_S = 2.0  # and after this, once its answer has ended
-MAX_EXPECTED = 1 << 22
+MAX_EXPECTED = 1 << 20
 EXACT_BLOCKS = 128  # a longer prompt is looked at in strides
 STRIDE = 8
 _OLDEST = 255  # generations of the shared store's blocks are bytes
@@ -77,11 +77,12 @@ class _Expected:
 
 @dataclass
 class _Source:
-    """What one replica's life has told: the changes before number `wanted`. `holds`: perhaps some set names it."""
+    """What one replica's life has told: the changes before number `wanted`. `told`: perhaps it has some blocks."""
 
     wanted: int = 0
-    holds: bool = False
+    told: bool = False
     expected: dict[int, None] = field(default_factory=dict)  # numbers of its assignments
+    awaited: dict[int, int] = field(default_factory=dict)  # how many of those each block is expected from
 
 
 class PrefixIndex:
@@ -113,9 +114,10 @@ class PrefixIndex:
         """A replica is gone, with all that it had."""
         source = self._sources.pop(slot, None)
         if source is not None:
+            if source.told or source.expected:
+                self._renumber(self._sets.without(slot))
             for number in source.expected:
                 self._expected_blocks -= len(self._expected.pop(number).keys)
-            self._drop(slot, source)
 
     def wanted(self, slot: int) -> int:
         """The number of the change that is to come next."""
@@ -128,13 +130,14 @@ class PrefixIndex:
         if changes.reset and skip <= 0:
             if changes.first:
                 self.counts.snapshots += 1
-            self._drop(slot, source)
+            if source.told:
+                self._renumber(self._sets.without(slot, _HELD))
             skip = 0
         if skip < 0:
             self.counts.gaps += 1
             return False
         if changes.end > source.wanted:
-            source.wanted, source.holds = changes.end, True
+            source.wanted, source.told = changes.end, True
             self._apply(slot, changes.codes[skip:], _numbers(changes.keys)[skip:])
         return True
 
@@ -170,20 +173,26 @@ class PrefixIndex:
                 host[near] += length
         return Match(device, host, store)
 
+    def known(self, keys: bytes) -> int:
+        """Leading blocks of a prompt that somebody has, wherever."""
+        return sum(length for length, *_ in self._runs(keys))
+
     def expect(self, number: int, slot: int, keys: bytes, now: float) -> None:
         """Assignment `number`: the slot will soon have these blocks."""
-        source = self._sources[slot]
-        source.holds = True
-        missing = []
+        source, sets = self._sources[slot], self._sets
+        missing, way = [], way_of(0, slot, Held.EXPECTED, True)
         for key in _numbers(keys):
             place = self._place(key)
             if place < 0:
                 break
-            holders = self._table.holders_at[place]
-            if self._sets.has(holders, slot, Held.DEVICE):
-                continue
-            self._table.holders_at[place] = self._sets.added(holders, slot, Held.EXPECTED)
-            missing.append(key)
+            before = self._table.holders_at[place]
+            after = sets.known.get(way | before)
+            if after is None:
+                after = sets.added(before, slot, Held.EXPECTED)
+            if after != before or sets.has(before, slot, Held.EXPECTED):
+                self._table.holders_at[place] = after
+                source.awaited[key] = source.awaited.get(key, 0) + 1
+                missing.append(key)
         if missing:
             self._expected[number] = _Expected(slot, missing)
             source.expected[number] = None
@@ -259,17 +268,24 @@ class PrefixIndex:
     def _apply(self, slot: int, codes: bytes, keys: Sequence[int]) -> None:
         """Changes in order."""
         table, sets = self._table, self._sets
+        ways = {2 * held + added: way_of(0, slot, held, bool(added)) for held in _HELD for added in (0, 1)}
+        last, place = 0, -1
         for code, key in zip(codes, keys, strict=True):
-            tier, present = code >> 1, bool(code & 1)
-            place = self._place(key) if present else table.find(key)
+            if key != last:  # what goes from one tier to another is told twice in a row
+                last, place = key, self._place(key) if code & 1 else table.find(key)
+            elif place < 0 and code & 1:
+                place = self._place(key)
             if place < 0:
                 continue
-            if tier == Tier.STORE:
-                self._store(place, present)
-            else:
-                change = sets.added if present else sets.removed
-                holders_at = table.holders_at
-                holders_at[place] = change(holders_at[place], slot, _HELD[tier])
+            if code >> 1 == Tier.STORE:
+                self._store(place, bool(code & 1))
+                continue
+            before = table.holders_at[place]
+            after = sets.known.get(ways[code] | before)  # most often this step was taken before
+            if after is None:
+                step = sets.added if code & 1 else sets.removed
+                after = step(before, slot, _HELD[code >> 1])
+            table.holders_at[place] = after
         self.counts.taken += len(codes)
         if sets.overgrown:
             self._collect()
@@ -333,24 +349,18 @@ class PrefixIndex:
         record = self._expected.pop(number, None)
         if record is None:
             return
-        slot, others = record.slot, self._sources[record.slot].expected
-        del others[number]
+        slot, source = record.slot, self._sources[record.slot]
+        del source.expected[number]
         self._expected_blocks -= len(record.keys)
-        table, sets = self._table, self._sets
-        left = [(k, p) for k in record.keys if (p := table.find(k)) >= 0]
-        left = [(k, p) for k, p in left if sets.has(table.holders_at[p], slot, Held.EXPECTED)]
-        if not left:
-            return
-        wanted: set[int] = set().union(*(self._expected[n].keys for n in others))
-        for key, place in left:
-            if key not in wanted:
+        table, sets, awaited = self._table, self._sets, source.awaited
+        for key in record.keys:
+            if others := awaited[key] - 1:
+                awaited[key] = others
+                continue
+            del awaited[key]
+            place = table.find(key)
+            if place >= 0:
                 table.holders_at[place] = sets.removed(table.holders_at[place], slot, Held.EXPECTED)
-
-    def _drop(self, slot: int, source: _Source) -> None:
-        """Nothing that was told of this slot holds any more. Looks at the whole table."""
-        if source.holds:
-            source.holds = False
-            self._renumber(self._sets.without(slot))
 
     def _collect(self) -> None:
         used = np.bincount(self._table.holders, minlength=len(self._sets)) > 0

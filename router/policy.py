@@ -35,7 +35,7 @@ from workers.engine import EngineInfo, EngineStats
 PREFILL_RATE = 2000.0  # rows per second, where nobody has measured any
 HOST_SPEED = 10.0  # what loading is taken to be, in multiples of computing, until it was measured
 STORE_SPEED = 2.0
-CROWDING = 0.5
+CROWDING = 0.3
 NEAR = 0.05  # times that differ by no more than this share are equal: the least loaded of them is chosen
 
 Floats = NDArray[np.float64]
@@ -134,6 +134,10 @@ class Fleet:
         """Seconds for each prompt token. [R]"""
         return (1 + (self.running + self.granted) / self.rows) / self.rate
 
+    def pace_of(self, slot: int) -> float:
+        """One of `pace`."""
+        return float((1 + (self.running[slot] + self.granted[slot]) / self.rows[slot]) / self.rate[slot])
+
 
 def rows_of(info: EngineInfo) -> int:
     """Rows of prompts in a step beside decoding ones: see `workers.engine.scheduler`."""
@@ -180,10 +184,10 @@ def outlook(fleet: Fleet, now: float, prompt_tokens: int, rank: Class, reuse: Re
     return Outlook(wait, work)
 
 
-def choose(fleet: Fleet, expected: Outlook, allowed: Mask, crowding: float = CROWDING) -> int:
+def choose(fleet: Fleet, expected: Outlook, allowed: Mask) -> int:
     """The slot with the least expected time, and of about equal ones that with the fewest sequences, then that which
     got the least so far, then the first. At least one is `allowed`."""
-    cost = np.where(allowed, expected.first_token + crowding * expected.work, np.inf)
+    cost = np.where(allowed, expected.first_token + CROWDING * expected.work, np.inf)
     least = cost.min()
     near = np.flatnonzero(cost <= (1 + NEAR) * least)
     if len(near) > 1:

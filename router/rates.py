@@ -34,8 +34,10 @@ class Rates:
     host: Rate = field(default_factory=Rate)
     store: Rate = field(default_factory=Rate)
 
-    def measure(self, before: EngineStats, after: EngineStats) -> None:
-        """Takes in what was done between two reports of one engine."""
+    def measure(self, before: EngineStats, after: EngineStats) -> bool:
+        """Takes in what was done between two reports of one engine; False where nothing was."""
+        if after.prefill_seconds == before.prefill_seconds:
+            return False  # loading ends with computing, if only the last row
         self.prefill.add(after.prefill_rows - before.prefill_rows, after.prefill_seconds - before.prefill_seconds)
         self.host.add(
             after.host_hit_tokens - before.host_hit_tokens, after.host_load_seconds - before.host_load_seconds
@@ -43,3 +45,4 @@ class Rates:
         self.store.add(
             after.store_hit_tokens - before.store_hit_tokens, after.store_load_seconds - before.store_load_seconds
         )
+        return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -14,6 +14,7 @@ import numpy as np
 
 from router.admission import Limits, admit
 from router.index import IndexStats, PrefixIndex
+from router.ledger import Lease, Ledger
 from router.policy import PREFILL_RATE, Class, Fleet, Mask, Reason, Reuse, choose, outlook, reason
 from router.rates import Rates
 from understudy.errors import ModelNotFound, Overloaded, Unavailable
@@ -100,23 +101,8 @@ class TimeSource(Protocol):
 
 
 @dataclass(slots=True)
-class _Lease:
-    """A grant: `work` is the seconds that its prompt was expected to take, `saved` those that computing it whole would
-    take in addition."""
-
-    slot: int
-    tokens: int
-    work: float
-    saved: float
-    rank: Class
-    sequences: int
-    granted_at: float
-
-
-@dataclass(slots=True)
 class _Entry:
-    """A replica. `leases` are grants that its report does not contain yet; `settled` those that it contains and that
-    may still wait there, first come first."""
+    """A replica."""
 
     slot: int
     address: str
@@ -127,8 +113,7 @@ class _Entry:
     draining: bool = False
     stats: EngineStats = field(default_factory=EngineStats)
     rates: Rates = field(default_factory=Rates)
-    leases: dict[int, _Lease] = field(default_factory=dict)
-    settled: deque[_Lease] = field(default_factory=deque)
+    ledger: Ledger = field(default_factory=Ledger)
 
 
 class Router:
@@ -157,7 +142,7 @@ class Router:
         self._fleet = Fleet()
         self._replicas: dict[str, _Entry] = {}
         self._names: dict[int, str] = {}  # by slot
-        self._leases: dict[int, _Lease] = {}
+        self._leases: dict[int, Lease] = {}
         self._streams: dict[int, tuple[int, float]] = {}  # lease -> slot and moment of granting, until released
         self._numbers = itertools.count(1)
         self._same: dict[tuple[str, str, str], Mask] = {}
@@ -197,14 +182,15 @@ class Router:
         if entry is None or entry.epoch != epoch:
             return False
         now = self._clock.now()
-        entry.rates.measure(entry.stats, stats)
-        self._usual[entry.info.model].measure(entry.stats, stats)
-        self._put_rates(entry)
+        if entry.rates.measure(entry.stats, stats):
+            self._usual[entry.info.model].measure(entry.stats, stats)
+            self._put_rates(entry)
+        elif not entry.rates.prefill.seconds:
+            self._put_rates(entry)
         entry.stats = stats
         self._hear(entry, now)
-        self._settle(entry, now)
         self._fleet.hear(entry.slot, stats)
-        self._look_ahead(entry, now)
+        self._settle(entry, now)
         if changes is not None:
             self._index.take(entry.slot, changes)
         return True
@@ -302,7 +288,7 @@ class Router:
         return slot
 
     def _remove(self, replica: str, entry: _Entry) -> None:
-        for number in list(entry.leases):
+        for number in list(entry.ledger.open):
             self._forget(number)
         self._streams = {n: s for n, s in self._streams.items() if s[0] != entry.slot}
         del self._replicas[replica], self._names[entry.slot]
@@ -345,9 +331,9 @@ class Router:
     def _grant(self, slot: int, query: Query, rank: Class, work: float, now: float) -> Assignment:
         name, number = self._names[slot], next(self._numbers)
         entry, fleet = self._replicas[name], self._fleet
-        saved = max(query.prompt_tokens * float(fleet.pace[slot]) - work, 0.0)
-        lease = _Lease(slot, query.prompt_tokens, work, saved, rank, query.sequences, now)
-        self._leases[number] = entry.leases[number] = lease
+        saved = max(query.prompt_tokens * fleet.pace_of(slot) - work, 0.0)
+        lease = Lease(slot, query.prompt_tokens, work, saved, rank, query.sequences, now)
+        self._leases[number] = entry.ledger.open[number] = lease
         self._streams[number] = (slot, now)
         if len(self._streams) > MAX_STREAMS:
             del self._streams[next(iter(self._streams))]
@@ -364,31 +350,24 @@ class Router:
         """A grant does not count any more."""
         lease = self._leases.pop(number, None)
         if lease is not None:
-            del self._replicas[self._names[lease.slot]].leases[number]
+            del self._replicas[self._names[lease.slot]].ledger.open[number]
             self._fleet.granted[lease.slot] -= lease.sequences
             self._fleet.granted_tokens[lease.slot] -= lease.tokens
 
     def _settle(self, entry: _Entry, now: float) -> None:
-        """The report of now must contain older grants; and of those, sequences that it says wait are the latest."""
-        while entry.leases:
-            number, lease = next(iter(entry.leases.items()))
-            if lease.granted_at + self._settle_s > now:
-                break
+        """The replica has reported: which grants it must have counted, and when it will have computed what it has."""
+        fleet, slot, stats, ledger = self._fleet, entry.slot, entry.stats, entry.ledger
+        for number in ledger.due(now - self._settle_s):
+            ledger.settle(self._leases[number])
             self._forget(number)
-            entry.settled.append(lease)
-        while len(entry.settled) > entry.stats.waiting:
-            entry.settled.popleft()
-
-    def _look_ahead(self, entry: _Entry, now: float) -> None:
-        """When the replica will have computed what waits there, but for what its cache spares, and what was just
-        granted."""
-        fleet, slot, stats = self._fleet, entry.slot, entry.stats
+        ledger.keep(stats.waiting)
+        if not (stats.waiting_prefill_tokens or ledger.open):
+            fleet.ahead[:, slot] = now
+            return
         waiting = (stats.waiting_prefill_tokens, stats.waiting_prefill_normal, stats.waiting_prefill_urgent)
-        pace = float(fleet.pace[slot])
+        pace = fleet.pace_of(slot)
         for rank in Class:
-            saved = sum(lease.saved for lease in entry.settled if lease.rank >= rank)
-            granted = sum(lease.work for lease in entry.leases.values() if lease.rank >= rank)
-            fleet.ahead[rank, slot] = now + max(waiting[rank] * pace - saved, 0.0) + granted
+            fleet.ahead[rank, slot] = now + ledger.ahead(rank, waiting[rank], pace)
 
     def _put_rates(self, entry: _Entry) -> None:
         """What the replica has measured; where it has not, what others of its model have."""
