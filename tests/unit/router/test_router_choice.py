@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.admission import SHARES, Limits, admit
-from router.policy import NEAR, Class, Fleet, Outlook, Reason, Reuse, choose, outlook, reason, rows_of
+from router.policy import CROWDING, NEAR, Class, Fleet, Outlook, Reason, Reuse, choose, outlook, reason, rows_of
 from understudy.errors import Overloaded
 from workers.engine.fake import FakeEngine
 
@@ -105,7 +105,7 @@ def test_the_choice_is_allowed_and_as_good_as_the_best(ones: list[One], rank: Cl
     said = outlook(fleet, NOW, PROMPT, rank, reuse)
     chosen = choose(fleet, said, allowed)
     assert allowed[chosen]
-    cost = said.first_token + 0.3 * said.work
+    cost = said.first_token + CROWDING * said.work
     assert cost[chosen] <= cost[allowed].min() * (1 + NEAR) * (1 + 1e-9)
     assert reason(chosen, allowed, reuse) in Reason
 
