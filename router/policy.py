@@ -14,7 +14,7 @@ have done since then.
 
 What counts besides the time is how much of it is the prompt's own: a replica that computes a prefix which another one
 has makes everybody wait who comes after. So these seconds weigh `1 + CROWDING`, and a prefix that is in demand spreads
-once the wait for it costs more than that. (In simulations without a store 0.3 was better than 0 and 1, in mean and p99.)
+once the wait for it costs more than that. (In simulations without a store 0.3 did better than 0 and 1.)
 
 Priority: a request is urgent (above 0), normal (0) or low (below). Engines take prompts by priority, so only what is of
 its own class or above is ahead of it.
