@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,8 +100,12 @@ class Dispatcher:
         with self._turn:
             if slot == 0:
                 self._adopt()
-            exchange = self._under_way = _Exchange(self, layer, x, ids)
+            abandoned, exchange = self._under_way, _Exchange(self, layer, x, ids)
+            self._under_way = exchange
             self._in_step, self._touched = slot < len(self._slot) - 1, self._clock()
+        if abandoned is not None:  # by a step that failed between sending and receiving
+            with suppress(Unavailable):
+                abandoned.receive()
         exchange.send()
         return exchange
 
@@ -163,40 +168,37 @@ class _Exchange:
         self._refusal = ""
         self._out = torch.empty(len(self._experts), x.shape[1], dtype=x.dtype)
         self._parts: list[_Part] = []
+        self._unsent = np.arange(len(self._experts))
 
     def send(self) -> None:
-        """To the hosts."""
-        self._parts = self._send(np.arange(len(self._experts)))
+        """What is not sent yet, to the hosts. No host gets a second frame before its first result was taken: both ends
+        could wait for each other."""
+        d, slots, self._unsent = self._d, self._unsent, np.empty(0, np.int64)
+        if not len(slots):
+            return
+        hosts = d._current().splits[d._slot[self._layer]](self._experts[slots])
+        order = np.argsort(hosts, kind="stable")
+        bounds = np.flatnonzero(np.diff(hosts[order])) + 1
+        for some in np.split(order, bounds):
+            host, mine = int(hosts[some[0]]), slots[some]
+            part = None if host == NOBODY else self._send_to(d._view.placement.hosts[host], mine)
+            if part is None:
+                self._unsent = np.concatenate([self._unsent, mine])
+            else:
+                self._parts.append(part)
 
     def finish(self, weights: Tensor) -> Tensor:
         """[T, k] -> [T, H]. Raises Unavailable where experts are nowhere to be had in time."""
         try:
-            while len(left := self._receive()):
-                self._parts = self._send(left)
+            while self._parts or len(self._unsent):
+                if not self._parts and self._d._current().homeless:
+                    self._wait()
+                self.receive()
+                self.send()
         finally:
             self._d._end(self)
         t, h = self._x.shape
         return self._d._ops.combine(self._out.view(t, self._k, h).to(self._device), weights)
-
-    def _send(self, slots: NDArray[np.int64]) -> list[_Part]:
-        """Sends these slots, waiting for a host where nobody has their experts."""
-        d, parts = self._d, []
-        while len(slots):
-            hosts = d._current().splits[d._slot[self._layer]](self._experts[slots])
-            failed = []
-            order = np.argsort(hosts, kind="stable")
-            bounds = np.flatnonzero(np.diff(hosts[order])) + 1
-            for some in np.split(order, bounds):
-                host, mine = int(hosts[some[0]]), slots[some]
-                part = None if host == NOBODY else self._send_to(d._view.placement.hosts[host], mine)
-                if part is None:
-                    failed.append(mine)
-                else:
-                    parts.append(part)
-            slots = np.concatenate(failed) if failed else slots[:0]
-            if len(slots) and any(host == NOBODY for host in hosts):
-                self._wait()
-        return parts
 
     def _send_to(self, name: str, slots: NDArray[np.int64]) -> _Part | None:
         """None where that host is lost."""
@@ -218,22 +220,20 @@ class _Exchange:
         d._exchanges += 1
         return part
 
-    def _receive(self) -> NDArray[np.int64]:
-        """Takes all results; the slots that have to be sent again."""
-        d, failed = self._d, []
-        for part in self._parts:
+    def receive(self) -> None:
+        """Takes all results; what is lost is to be sent again. Raises Unavailable where a host refuses."""
+        d, parts = self._d, self._parts
+        self._parts = []
+        for part in parts:
             try:
                 refusal = part.link.take(part.sequence, part.slots, self._out, d._plan.wait_s)
             except ChannelError as error:
                 d._links.lose(part.link, str(error))
-                failed.append(part.slots)
+                self._unsent = np.concatenate([self._unsent, part.slots])
                 continue
-            if refusal:
-                self._refusal = refusal
-        self._parts = []
+            self._refusal = self._refusal or refusal
         if self._refusal:
             raise Unavailable(f"an expert host cannot compute layer {self._layer}: {self._refusal}")
-        return np.concatenate(failed) if failed else np.empty(0, np.int64)
 
     def _wait(self) -> None:
         """Until something about the hosts changes. Raises Unavailable after `wait_s`."""

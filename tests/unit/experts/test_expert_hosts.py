@@ -106,6 +106,18 @@ def test_a_step_waits_for_a_host_and_then_fails_in_words(mixture: Path, want: to
         again.stop()
 
 
+def test_an_exchange_that_nobody_finished_harms_no_later_one(mixture: Path, want: torch.Tensor) -> None:
+    with hosts_of(mixture, 2, kernels="plain") as hosts:
+        runner = runner_over(mixture, plan_of(spread(mixture, ["h0", "h1"]), hosts), kernels="plain")
+        assert runner.experts is not None
+        x, ids = torch.ones(500, 32), torch.arange(1000, dtype=torch.int32).view(500, 2) % 8
+        for _ in range(3):
+            RemoteExperts(runner.experts, 1, 8).start(x, ids)
+        assert torch.equal(step(runner), want)
+        assert runner.experts.report().lost == ()
+        runner.close()
+
+
 def test_a_host_that_comes_while_a_step_waits_ends_the_waiting(mixture: Path, want: torch.Tensor) -> None:
     with hosts_of(mixture, 1, kernels="plain") as hosts:
         placement = spread(mixture, ["h0"])
