@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from mixtures import CASES, make_mixture, write_fp8, write_mxfp4
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "experts"))
 from expert_stage import hosts_of, plan_of, runner_over, spread
+
+from workers.engine.contract import Probe, TokenTrace
+from workers.engine.plan import Chunk, StepPlan
+from workers.engine.runner import Runner
 
 Written = Callable[[str], tuple[transformers.PreTrainedModel, Path]]
 
@@ -70,3 +75,23 @@ def test_quantized(tmp_path: Path) -> None:
         make_mixture(name).to(torch.bfloat16).save_pretrained(source)
         write(source, target)
         same_bits(target, 2, "native", "bfloat16")
+
+
+def test_what_layers_did_can_be_seen(written: Written) -> None:
+    """Experts that each layer chose, and what rows attended to, are told as with experts at home."""
+    path = written("qwen2-moe")[1]
+    probe = Probe(experts=True, attention=[1])
+
+    def seen(runner: Runner) -> list[TokenTrace]:
+        table = array("i", range(3))
+        chunk = Chunk("s", 0, random_prompt(33, 160, seed=3), (table,) * len(runner.info.windows), 1, probe=probe)
+        runner.run(StepPlan(0, [chunk]))
+        assert chunk.seen is not None
+        return chunk.seen
+
+    want = seen(open_runner(path, "native"))
+    assert [len(e.experts) for e in want[0].experts] == [2] * 3
+    with hosts_of(path, 2, kernels="native") as there:
+        runner = runner_over(path, plan_of(spread(path, ["h0", "h1"]), there), kernels="native")
+        assert seen(runner) == want
+        runner.close()

@@ -162,11 +162,13 @@ class _Exchange:
         self._d, self._layer = dispatcher, layer
         self._k = ids.shape[1]
         self._experts = ids.reshape(-1).cpu().numpy()
-        self._x = x.contiguous().cpu()
         self._device = x.device
+        # Rows are moved as bytes, by numpy: torch would wake its threads, which then spin on the hosts' cores.
+        self._x = x.contiguous().cpu().view(torch.uint8).numpy()
         self._deadline: float | None = None
         self._refusal = ""
-        self._out = torch.empty(len(self._experts), x.shape[1], dtype=x.dtype)
+        self._out = np.empty((len(self._experts), self._x.shape[1]), np.uint8)
+        self._dtype = x.dtype
         self._parts: list[_Part] = []
         self._unsent = np.arange(len(self._experts))
 
@@ -197,8 +199,8 @@ class _Exchange:
                 self.send()
         finally:
             self._d._end(self)
-        t, h = self._x.shape
-        return self._d._ops.combine(self._out.view(t, self._k, h).to(self._device), weights)
+        slots = torch.from_numpy(self._out).view(self._dtype).view(len(self._x), self._k, -1)
+        return self._d._ops.combine(slots.to(self._device), weights)
 
     def _send_to(self, name: str, slots: NDArray[np.int64]) -> _Part | None:
         """None where that host is lost."""
@@ -206,12 +208,14 @@ class _Exchange:
         link = d._links.get(name)
         if link is None:
             return None
-        rows, at = np.unique(slots // self._k, return_inverse=True)
+        chosen = np.zeros(len(self._x), np.bool_)
+        chosen[slots // self._k] = True
+        rows = np.flatnonzero(chosen)
+        at = (np.cumsum(chosen) - 1)[slots // self._k]
         part = _Part(link, slots, d._next_sequence())
         numbers = np.concatenate([at.astype(np.int32), self._experts[slots]])
-        whole = len(rows) == len(self._x)
-        x = self._x if whole else self._x.index_select(0, torch.from_numpy(rows))
-        data = memoryview(x.view(torch.uint8).reshape(-1).numpy())
+        x = self._x if len(rows) == len(self._x) else self._x.take(rows, axis=0)
+        data = x.data.cast("B") if x.size else memoryview(b"")
         try:
             link.ask(self._layer, part.sequence, len(rows), len(slots), memoryview(numbers.tobytes()), data)
         except ChannelError as error:

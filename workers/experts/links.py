@@ -8,9 +8,7 @@ import time
 
 import msgspec
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from workers.experts.channel import Channel, ChannelError, Header, Kind, connect
 from workers.experts.placement import ExpertsPlan, HostAddress, HostsView
@@ -27,7 +25,7 @@ class Link:
     def __init__(self, channel: Channel, address: HostAddress) -> None:
         self.address = address
         self._channel = channel
-        self._room = torch.empty(0, dtype=torch.uint8)
+        self._room = np.empty(0, np.uint8)
 
     def ask(self, layer: int, sequence: int, rows: int, slots: int, *parts: memoryview) -> None:
         """Sends rows. Raises ChannelError."""
@@ -39,13 +37,14 @@ class Link:
         data = msgspec.msgpack.encode(places)
         self._channel.send(Header(Kind.LOAD, 0, 0, 0, 0, len(data)), memoryview(data))
 
-    def take(self, sequence: int, slots: NDArray[np.int64], out: Tensor, wait_s: float) -> str:
-        """Receives the answer to `sequence` into the rows `slots` of `out` [S, H]; what the host said where it refuses.
+    def take(self, sequence: int, slots: NDArray[np.int64], out: NDArray[np.uint8], wait_s: float) -> str:
+        """Receives the answer to `sequence` into the rows `slots` of `out` [S, bytes of a row]; what the host said,
+        where it refuses.
 
         What is older is dropped. Raises ChannelError where the host is silent, or busy for more than `wait_s`.
         """
         end = time.monotonic() + wait_s
-        width = out.shape[1] * out.element_size()
+        width = out.shape[1]
         while True:
             header = self._channel.receive()
             if header.kind is Kind.BUSY:
@@ -56,17 +55,16 @@ class Link:
                 self._payload(header.size)
                 continue
             if header.kind is Kind.REFUSED:
-                return bytes(self._payload(header.size).numpy()).decode(errors="replace")
+                return bytes(self._payload(header.size)).decode(errors="replace")
             if header.kind is not Kind.RESULT or header.size != len(slots) * width:
                 raise ChannelError(f"{header.kind.name} of {header.size} bytes for {len(slots)} slots of {width}")
-            result = self._payload(header.size).view(out.dtype).view(len(slots), -1)
-            out.index_copy_(0, torch.from_numpy(slots), result)
+            out[slots] = self._payload(header.size).reshape(len(slots), width)
             return ""
 
-    def _payload(self, size: int) -> Tensor:
+    def _payload(self, size: int) -> NDArray[np.uint8]:
         if len(self._room) < size:
-            self._room = torch.empty(max(size, 2 * len(self._room)), dtype=torch.uint8)
-        self._channel.read_into(memoryview(self._room[:size].numpy()))
+            self._room = np.empty(max(size, 2 * len(self._room)), np.uint8)
+        self._channel.read_into(self._room.data[:size])
         return self._room[:size]
 
     def close(self) -> None:
