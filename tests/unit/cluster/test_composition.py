@@ -32,6 +32,7 @@ from cluster.serve import (
     with_free_ports,
 )
 from router.index import IndexStats
+from router.rebalance import ExpertsView, HostState
 from router.state import ReplicaView, RouterFigures, State
 from understudy.errors import CheckpointError, ConfigError, InternalError
 from understudy.v1 import admin_pb2 as pb
@@ -238,6 +239,18 @@ def test_replicas_figures_are_exported() -> None:
     assert 'understudy_replica_generated_tokens_total{model="a",replica="a-1"} 40.0' in text
     assert 'understudy_replica_ready{model="a",replica="a-1"} 0.0' in text
     assert "understudy_router" not in text
+    assert "understudy_expert_balance{" not in text
+    hosts = (HostState("h0", 1, "ready"), HostState("h1", 2, "lost"))
+    metrics.experts = [ExpertsView("a", "a-0", 3, 3, 0.9, 12.5, 16, 18, hosts, 2)]
+    text = generate_latest(registry).decode()
+    for line in (
+        'understudy_expert_rebalance_age_seconds{model="a",replica="a-0"} 12.5',
+        'understudy_expert_balance{model="a",replica="a-0"} 0.9',
+        'understudy_expert_placement_version{model="a",replica="a-0"} 3.0',
+        'understudy_expert_hosts_ready{model="a",replica="a-0"} 1.0',
+        'understudy_expert_hosts_wanted{model="a",replica="a-0"} 2.0',
+    ):
+        assert line in text
     index = IndexStats(blocks=7, gaps=1)
     metrics.figures = RouterFigures({"device": 5, "spread": 0}, 2, {"device": 160}, 3, index)
     text = generate_latest(registry).decode()

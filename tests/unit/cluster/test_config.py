@@ -123,6 +123,18 @@ def test_drafts_of_each_model(model: Path, write: Any) -> None:
     assert without.engine.speculate == "none"
 
 
+def test_expert_hosts_are_for_models_with_experts(demo_model: Path) -> None:
+    demo = {"model": [str(demo_model)]}
+    (plan,) = make_plan(load(demo | {"expert_hosts": 2, "threads": 4}), 4).replicas
+    assert (plan.expert_hosts, plan.host_threads, plan.engine.experts) == (2, 2, None)
+    (alone,) = make_plan(load(demo, {"UNDERSTUDY_EXPERT_HOSTS": "0"}), 4).replicas
+    assert alone.expert_hosts == 0
+    with pytest.raises(ConfigError, match=r"UNDERSTUDY_EXPERT_HOSTS = 99: .* has 8 experts in a layer.*at most 8"):
+        load(demo, {"UNDERSTUDY_EXPERT_HOSTS": "99"})
+    with pytest.raises(ConfigError, match=r"--expert-hosts = -1"):
+        load(demo | {"expert_hosts": -1})
+
+
 def test_several_models_by_name(model: Path) -> None:
     config = load({"model": [str(model), f"other={model}"]})
     assert [m.name for m in config.models] == ["llama", "other"]

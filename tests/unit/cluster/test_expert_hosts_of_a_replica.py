@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import sys
 from array import array
 from collections.abc import AsyncIterator, Callable
@@ -27,6 +28,7 @@ from workers.experts.host import ExpertHost
 from workers.experts.limits import check_hosts, expert_layers
 from workers.experts.placement import HostReport, HostsView
 from workers.model.config import read_spec
+from workers.model.spec import DenseFfn
 
 TOKENS = list(range(1, 30))
 
@@ -254,8 +256,11 @@ async def test_scaling_that_cannot_be_is_refused(stage: Stage) -> None:
             stage.rebalancers.scale("m", hosts)
 
 
-def test_more_hosts_than_experts_and_models_without(mixture: Path, demo_model: Path) -> None:
+def test_more_hosts_than_experts_and_models_without(mixture: Path) -> None:
     spec = read_spec(mixture)
     check_hosts(spec, 8, "--expert-hosts")
     with pytest.raises(ConfigError, match=r"--expert-hosts = 9: OlmoeForCausalLM has 8 experts in a layer.*at most 8"):
         check_hosts(spec, 9, "--expert-hosts")
+    dense = dataclasses.replace(spec, ffn=(DenseFfn(16),) * spec.layers)
+    with pytest.raises(ConfigError, match="--expert-hosts = 2: OlmoeForCausalLM has no experts; leave it out"):
+        check_hosts(dense, 2, "--expert-hosts")
