@@ -250,14 +250,31 @@ def zipf(experts: int, exponent: float, seed: int) -> list[float]:
     return loads
 
 
+def throughput(placement: Any, loads: Sequence[Sequence[float]], steps: int = 50) -> float:
+    """Rows computed in the time in which one busy host computes one."""
+    import numpy as np
+
+    from workers.experts.split import Split
+
+    dice, hosts = np.random.default_rng(0), len(placement.hosts)
+    rows = longest = 0
+    for homes, load in zip(placement.table, loads, strict=True):
+        split, shares = Split(homes), np.array(load) / sum(load)
+        for _ in range(steps):
+            experts = dice.choice(len(load), 256 * hosts, p=shares)
+            rows += len(experts)
+            longest += int(np.bincount(split(experts), minlength=hosts).max())
+    return rows / longest
+
+
 def simulate_command(arguments: argparse.Namespace) -> None:
-    """Throughput is relative to hosts that are all busy all the time: a layer lasts as long as its slowest host."""
+    """Throughput is in hosts that would be busy all the time: of steps with 256 rows per host, whose experts are drawn
+    by the loads and which the dispatcher's own code splits; a layer lasts as long as its slowest host."""
     from router.experts import balance, make_placement, moves
 
-    print(
-        "| hosts | experts | room for each | Zipf | balance before | after | experts loaded | with one host lost | ms |"
-    )
-    print("|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    columns = ("hosts", "experts", "room for each", "Zipf", "balance before", "after", "throughput before", "after")
+    columns += ("experts loaded", "balance with one host lost", "ms per layer")
+    print(f"| {' | '.join(columns)} |\n|{'---:|' * len(columns)}")
     for hosts, experts, exponent in (
         (8, 64, 1.0), (8, 256, 1.0), (16, 256, 1.0), (32, 256, 1.0), (64, 256, 1.0), (128, 256, 1.0), (256, 256, 1.0),
         (8, 64, 0.5), (64, 256, 0.5), (8, 64, 1.5), (64, 256, 1.5),
@@ -276,7 +293,8 @@ def simulate_command(arguments: argparse.Namespace) -> None:
         lost = f"{balance(make_placement(after, layers, loads, left), loads):.2f}" if fits else "no room"
         row = (
             f"{hosts}", f"{experts}", f"{room}", f"{exponent:g}", f"{balance(first, loads):.2f}",
-            f"{balance(after, loads):.2f}", f"{moves(first, after)} of {after.copies}", lost,
+            f"{balance(after, loads):.2f}", f"{throughput(first, loads):.1f}", f"{throughput(after, loads):.1f}",
+            f"{moves(first, after)} of {after.copies}", lost,
             f"{1e3 * took / arguments.layers:.0f}",
         )  # fmt: skip
         print(f"| {' | '.join(row)} |")
