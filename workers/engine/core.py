@@ -206,6 +206,8 @@ class EngineCore:
         try:
             if plan.orders:
                 self._runner.run(plan)
+        except GroupBroken:
+            raise
         except Exception as error:
             return self._fail(error)
         if self._loads is not None:
