@@ -24,7 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from gpu_experts import lines_of, measure_experts
 
 from workers.kernels.cuda import CudaOps
 from workers.kernels.ops import BLOCK, Batch, Ops
@@ -320,6 +323,8 @@ def print_table(report: dict[str, Any]) -> None:
     for mode, found in report["parity"].items():
         difference, equal = found["max_logit_difference"], found["tokens_equal"]
         print(f"{mode} in float32 against the CPU: logits differ by {difference:.1e}, greedy tokens equal: {equal}")
+    for text in lines_of(report["experts"], report["shape"]):
+        print(text)
     if report["skipped"]:
         print(report["skipped"])
 
@@ -355,6 +360,10 @@ def main() -> int:
             speeds["transformers"] = measure_transformers(SHAPES[shape], spec, work, device)
         except ImportError as error:
             report["skipped"] = f"not compared with transformers: {error}"
+    modes: dict[str, Ops] = {m: CudaOps(torch.bfloat16, device, exact=m == "exact") for m in ("fast", "exact")}
+    report["experts"] = measure_experts(
+        shape, modes, report["best"], device, lambda layer: median_seconds(layer, work.repeats, device)
+    )
     report["rows"] = list(rows_of(spec, report["best"], work, speeds))
     print_table(report)
     if args.json:

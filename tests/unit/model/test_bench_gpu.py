@@ -28,6 +28,8 @@ def test_dry_mode(tmp_path: Path) -> None:
     ]
     assert all(row[who] > 0 for row in report["rows"] for who in ("fast", "exact", "transformers", "limit"))
     assert report["row_law"]["exact"]
+    assert [row["rows"] for row in report["experts"]] == [1, 5]
+    assert all(row[f"{mode}_us"] > 0 for row in report["experts"] for mode in ("fast", "exact"))
     for found in report["parity"].values():
         assert found["tokens_equal"]
         assert found["max_logit_difference"] < 1e-4
