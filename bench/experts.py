@@ -174,20 +174,31 @@ def engine_command(arguments: argparse.Namespace) -> None:
         for engine in (home, apart):
             run_b16(engine, "warm", 8)
         rates: dict[str, list[float]] = {"home": [], "apart": []}
+        cpu = {"home": 0.0, "apart": 0.0}
         tokens = {}
         for turn in range(arguments.repeat):
             for name, engine in (("home", home), ("apart", apart)):
+                before = cpu_seconds(hosts)
                 rate, _, tokens[name] = run_b16(engine, f"{name}{turn}")
                 rates[name].append(rate)
+                cpu[name] += cpu_seconds(hosts) - before
         if tokens["home"] != tokens["apart"]:
             raise RuntimeError("the tokens differ")
         best = {name: max(each) for name, each in rates.items()}
         print(json.dumps({"torch": torch.__version__, "cpus": cpus, "tokens_per_second": rates}, indent=1))
         print(f"at home {best['home']:.1f} tokens/s, apart {best['apart']:.1f}: {best['apart'] / best['home']:.2f}")
+        print(f"CPU time of all processes, apart over at home: {cpu['apart'] / cpu['home']:.2f}")
         print(f"one exchange with nothing to compute: {empty_exchange(apart):.0f} us")
         kill_and_switch(apart, hosts, placement, plan)
     finally:
         hosts.close()
+
+
+def cpu_seconds(hosts: Hosts) -> float:
+    """Of this process and the hosts, since they began."""
+    import psutil
+
+    return time.process_time() + sum(sum(psutil.Process(p.pid).cpu_times()[:2]) for p in hosts.processes)
 
 
 def empty_exchange(engine: Any) -> float:

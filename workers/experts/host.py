@@ -200,7 +200,9 @@ class ExpertHost:
         device = shelf.device
         with torch.inference_mode():
             result = shelf.compute(header.layer, x.to(device), rows.to(device), experts)
-        self._rows[self._slot[header.layer]] += np.bincount(experts, minlength=self._rows.shape[1])
+        counts = np.bincount(experts, minlength=self._rows.shape[1])
+        with self._lock:
+            self._rows[self._slot[header.layer]] += counts
         return result.cpu().contiguous()
 
     def _load_ahead(self) -> None:
