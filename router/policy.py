@@ -14,7 +14,7 @@ have done since then.
 
 What counts besides the time is how much of it is the prompt's own: a replica that computes a prefix which another one
 has makes everybody wait who comes after. So these seconds weigh `1 + CROWDING`, and a prefix that is in demand spreads
-once the wait for it costs more than that. (In simulations without a store 0.3 did better than 0 and 1.)
+once waiting for it costs more than that. (Replayed traces: 1 did better than 0 and 0.3 where replicas were busy.)
 
 Priority: a request is urgent (above 0), normal (0) or low (below). Engines take prompts by priority, so only what is of
 its own class or above is ahead of it.
@@ -35,7 +35,7 @@ from workers.engine import EngineInfo, EngineStats
 PREFILL_RATE = 2000.0  # rows per second, where nobody has measured any
 HOST_SPEED = 10.0  # what loading is taken to be, in multiples of computing, until it was measured
 STORE_SPEED = 2.0
-CROWDING = 0.3
+CROWDING = 1.0
 NEAR = 0.05  # times that differ by no more than this share are equal: the least loaded of them is chosen
 
 Floats = NDArray[np.float64]

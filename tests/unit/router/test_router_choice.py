@@ -138,7 +138,7 @@ def test_a_prefix_is_left_when_its_replica_has_more_ahead_than_computing_takes()
         return choose(fleet, outlook(fleet, NOW, PROMPT, Class.NORMAL, reuse), every(fleet))
 
     assert [chosen(a) for a in (0, 1, 2.5)] == [0, 0, 0]
-    assert chosen(4.5) == 1
+    assert chosen(6.0) == 1
 
 
 def test_why_a_replica_was_chosen() -> None:
