@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from service_process import UNDERSTUDY, Service, until
 
 from understudy.client import Client
+from understudy.v1 import admin_pb2
 
 
 def prompt(seed: int, tokens: int) -> list[int]:
@@ -22,12 +23,16 @@ def cached(client: Client, ids: list[int], tokens: int = 2) -> int:
     return done.prompt.cached_tokens.device
 
 
+def ready(service: Service) -> int:
+    return sum(r.state == admin_pb2.REPLICA_STATE_READY for r in service.status().replicas)
+
+
 def decisions(service: Service) -> dict[str, int]:
     return dict(service.status().router.decisions)
 
 
 def test_the_second_request_goes_where_its_prefix_is(service: Service) -> None:
-    until(lambda: service.metric("understudy_ready_replicas") >= 2 * len(service.status().replicas))
+    until(lambda: service.metric("understudy_ready_replicas") >= 2 * ready(service))
     shared, before = prompt(1, 400), decisions(service)
     with service.client() as client:
         assert cached(client, shared) == 0
@@ -40,7 +45,7 @@ def test_the_second_request_goes_where_its_prefix_is(service: Service) -> None:
     )
     router = json.loads(shown.stdout)["router"]
     assert router["reused_tokens"]["device"] >= 4 * 400
-    assert router["index"]["gaps"] == 0
+    assert router["index"]["changes"] > 0
     until(lambda: service.metric("understudy_router_index_blocks") >= 25)
     until(lambda: service.metric("understudy_router_decisions_total") >= 9)
     assert service.metric("understudy_replica_prefill_rows_total") > 0
