@@ -6,7 +6,7 @@
     python bench/prefix.py tenants      # whether one tenant's prompts show in another's times to first token
     python bench/prefix.py saves        # what writing through costs a step
 
-`service` runs `understudy serve --replicas 2` with a device cache of two prompts, sends prompts of a 2,048-token
+`service` runs `understudy serve --replicas 2` with a device cache of one prompt, sends prompts of a 2,048-token
 prefix, and sorts the answers by what the service itself said about where the prefix was; medians. `faults` runs two
 engines of the bundled model in one process, one with the store and one without, in turns on the same prompts.
 `tenants` sends the same prompts with two tokens, interleaved, and gives the AUC of times to first token (0.5: not told
@@ -41,10 +41,10 @@ PREFIX, SUFFIX = 2048, 16
 
 
 @contextmanager
-def service(*flags: str) -> Iterator[str]:
+def service(*flags: str, admin: str = "127.0.0.1:0") -> Iterator[str]:
     """A running service; its address."""
     process = subprocess.Popen(
-        [UNDERSTUDY, "serve", "--port", "0", "--admin-port", "0", "--metrics-port", "0", *flags],
+        [UNDERSTUDY, "serve", "--port", "0", "--admin-port", admin.split(":")[1], "--metrics-port", "0", *flags],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
@@ -62,6 +62,18 @@ def service(*flags: str) -> Iterator[str]:
         process.kill()
 
 
+def leaders(admin: str) -> list[int]:
+    """Pids of the replicas that are ready."""
+    said = subprocess.run(
+        [UNDERSTUDY, "status", "--json", "--admin", admin], capture_output=True, text=True, check=False
+    )
+    if said.returncode:
+        return []
+    status = json.loads(said.stdout)
+    ready = {r["id"] for r in status["replicas"] if "READY" in str(r["state"]).upper()}
+    return [p["pid"] for p in status["processes"] if p["role"] == "shard" and p["replica"] in ready]
+
+
 def first_token(client: Any, prompt: list[int]) -> tuple[float, dict[str, int]]:
     """Seconds to the first token, and prompt tokens by where they were found."""
     begun = time.perf_counter()
@@ -73,6 +85,7 @@ def first_token(client: Any, prompt: list[int]) -> tuple[float, dict[str, int]]:
 
 
 def run_service(arguments: argparse.Namespace) -> dict[str, Any]:
+    from redis_server import free_port
     from serve import random_checkpoint
 
     from understudy.client import Client
@@ -80,7 +93,9 @@ def run_service(arguments: argparse.Namespace) -> dict[str, Any]:
     checkpoint = arguments.checkpoint or random_checkpoint()
     rng, times = random.Random(3), {"cold": [], "device": [], "host": [], "store": []}
     flags = ["--model", f"m={checkpoint}", "--replicas", "2", "--max-context", "2304", "--host-cache-bytes", "512MiB"]
-    with service(*flags, "--cache-bytes", "64MiB", "--heartbeat-timeout", "60") as address, Client(address) as client:
+    flags += ["--cache-bytes", "32MiB", "--heartbeat-timeout", "60"]
+    admin = f"127.0.0.1:{free_port()}"
+    with service(*flags, admin=admin) as address, Client(address) as client:
 
         def ask(prefix: list[int]) -> None:
             seconds, cached = first_token(client, [*prefix, *rng.choices(range(1000, 150_000), k=SUFFIX)])
@@ -89,17 +104,21 @@ def run_service(arguments: argparse.Namespace) -> dict[str, Any]:
                 times[tier if cached[tier] else "cold"].append(seconds)
             print(f"{seconds:8.3f} s  {cached}", file=sys.stderr)
 
-        prefixes: list[list[int]] = []
-        for _ in range(arguments.rounds):
-            prefix = rng.choices(range(1000, 150_000), k=PREFIX)
-            prefixes.append(prefix)
-            ask(prefix)
-            time.sleep(1.0)  # written through by then
+        prefixes = [rng.choices(range(1000, 150_000), k=PREFIX) for _ in range(arguments.rounds)]
+        for prefix in prefixes:
             for _ in range(3):
                 ask(prefix)
-        for _ in range(2):
-            for prefix in prefixes:  # long gone from the device
+        for _ in range(3):
+            for prefix in prefixes:  # where the device has the last one alone
                 ask(prefix)
+        before = leaders(admin)
+        for pid in before:  # what replicas held is gone: Redis is as it was
+            os.kill(pid, signal.SIGKILL)
+        while len(set(leaders(admin)) - set(before)) < 2:
+            time.sleep(1.0)
+        first_token(client, [5])  # the wires are up again
+        for prefix in prefixes:
+            ask(prefix)
     medians = {tier: statistics.median(found) for tier, found in times.items() if found}
     shares = {tier: seconds / medians["cold"] for tier, seconds in medians.items()}
     return {"seconds": times, "median": medians, "share_of_cold": shares}
