@@ -1,6 +1,7 @@
 """The prefix store: what a prefix costs from each tier, how fast it loads, what Redis's troubles cost.
 
     python bench/prefix.py service      # two replicas of 494 M parameters: time to first token, cold and from each tier
+    python bench/prefix.py engine       # the same of engines alone, in one process
     python bench/prefix.py bandwidth    # loading blocks beside a plain `recv_into` from the same Redis
     python bench/prefix.py faults       # times to first token with the store and without, while Redis is in trouble
     python bench/prefix.py tenants      # whether one tenant's prompts show in another's times to first token
@@ -122,6 +123,65 @@ def run_service(arguments: argparse.Namespace) -> dict[str, Any]:
     medians = {tier: statistics.median(found) for tier, found in times.items() if found}
     shares = {tier: seconds / medians["cold"] for tier, seconds in medians.items()}
     return {"seconds": times, "median": medians, "share_of_cold": shares}
+
+
+def run_engine(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Two engines of 494 M parameters in this process, without the service around them: one writes, both read."""
+    from redis_server import TestRedis
+    from serve import random_checkpoint
+
+    from workers.cache.orders import StoreConfig
+    from workers.engine import EngineConfig, Request
+    from workers.engine.build import build_engine
+
+    rng, times, count = random.Random(3), {"cold": [], "device": [], "host": [], "store": []}, 0
+    checkpoint = str(arguments.checkpoint or random_checkpoint())
+    with TestRedis() as redis:
+
+        def engine() -> Any:
+            store = StoreConfig(host_bytes=512 << 20, url=redis.url, timeout_s=10.0)
+            made = build_engine(EngineConfig(checkpoint, max_context=2304, cache_bytes=32 << 20, store=store))
+            ask(made, rng.choices(range(1000, 150_000), k=300), record=False)
+            return made
+
+        def ask(engine: Any, prefix: list[int], record: bool = True) -> None:
+            nonlocal count
+            count += 1
+            begun = time.perf_counter()
+            engine.add(Request(f"r{count}", [*prefix, *rng.choices(range(1000, 150_000), k=SUFFIX)], 1))
+            (output,) = [o for o in iter_steps(engine) if o.token_ids]
+            seconds = time.perf_counter() - begun
+            cached = {"device": output.cached_tokens, "host": output.cached_host, "store": output.cached_store}
+            tier = max(cached, key=lambda t: cached[t])
+            if record:
+                print(f"{seconds:8.3f} s  {cached}", file=sys.stderr)
+                if cached[tier] == PREFIX or not any(cached.values()):
+                    times[tier if cached[tier] else "cold"].append(seconds)
+            while engine._runner.store.busy:
+                time.sleep(0.001)
+
+        first = engine()
+        prefixes = [rng.choices(range(1000, 150_000), k=PREFIX) for _ in range(arguments.rounds)]
+        for prefix in prefixes:
+            for _ in range(3):
+                ask(first, prefix)
+        for _ in range(2):
+            for prefix in prefixes:  # the device has the last one alone
+                ask(first, prefix)
+        first.close()
+        for _ in range(2):
+            second = engine()
+            for prefix in prefixes:
+                ask(second, prefix)
+            second.close()
+    medians = {tier: statistics.median(found) for tier, found in times.items() if found}
+    shares = {tier: seconds / medians["cold"] for tier, seconds in medians.items()}
+    return {"seconds": times, "median": medians, "share_of_cold": shares}
+
+
+def iter_steps(engine: Any) -> Iterator[Any]:
+    while engine.has_work():
+        yield from engine.step()
 
 
 def run_bandwidth(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -408,14 +468,20 @@ def run_saves(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["service", "bandwidth", "faults", "tenants", "saves"])
+    parser.add_argument("what", choices=["service", "engine", "bandwidth", "faults", "tenants", "saves"])
     parser.add_argument("--checkpoint", type=Path, help="of `service`: another one of that shape")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--tries", type=int, default=2000)
     parser.add_argument("--json", type=Path, help="where the results go")
     arguments = parser.parse_args()
-    run = {"service": run_service, "bandwidth": run_bandwidth, "faults": run_faults, "tenants": run_tenants}
+    run = {
+        "service": run_service,
+        "engine": run_engine,
+        "bandwidth": run_bandwidth,
+        "faults": run_faults,
+        "tenants": run_tenants,
+    }
     results = (run | {"saves": run_saves})[arguments.what](arguments)
     text = json.dumps(results, indent=2)
     print(text)

@@ -28,6 +28,7 @@ from workers.engine.plan import StepPlan
 from workers.engine.sequence import Sequence
 
 PATIENCE = 0.05  # of the time that computing would take: how long nothing may come before rows are computed
+LEAST_S = 0.003  # and that long in any case: threads take a while to be heard
 WORTH = 1 / 8  # of what is being loaded: fewer rows are not computed meanwhile, for they would only slow it
 COMPUTE_TOKENS_S = 1000.0  # until the first prompt was computed
 FIRST_BYTES = 2 << 20  # what may come at once: after so many bytes something must have been heard
@@ -87,7 +88,7 @@ class Loads:
         now = self._clock()
         spared_s = (ahead + (last - first) * self._cache.block_tokens) / self.compute.value
         self._numbers += 1
-        load = OpenLoad(self._numbers, sequence, now, self._patience * spared_s, now)
+        load = OpenLoad(self._numbers, sequence, now, max(LEAST_S, self._patience * spared_s), now)
         if self._port.reachable and self._port.latency_s() < spared_s / 2:
             load.asked = self._unknown(sequence, first, last)
         if load.asked:
