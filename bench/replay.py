@@ -154,6 +154,12 @@ def report(files: Sequence[Path]) -> tuple[dict[str, Any], str]:
             runs.setdefault(part["trace"], {})[row["replicas"], row["load"], row["strategy"]] = row
         if "without_bounds" in part:
             bounds[part["trace"]] = part["without_bounds"]
+    for rows in runs.values():  # a way to choose means something beside the others only
+        for replicas, load in {key[:2] for key in rows}:
+            group = [(replicas, load, name) for name in STRATEGIES]
+            if not all(key in rows for key in group):
+                for key in group:
+                    rows.pop(key, None)
     sizes = next((part["index"] for part in parts if "index" in part), None)
     machine = next(part["machine"] for part in parts if "machine" in part)
     data = {
@@ -171,8 +177,9 @@ def report(files: Sequence[Path]) -> tuple[dict[str, Any], str]:
         for (replicas, load, name), row in sorted(runs[trace].items(), key=_place):
             hits = " + ".join(f"{share:.1%}" for share in row["hits"].values())
             lines.append(
-                f"| {replicas:,} | {load:.0%} | {name} | {hits} | {row['mean_s']:.3f} | {row['p50_s']:.3f} "
-                f"| {row['p99_s']:.2f} | {row['imbalance']:.2f} | {row['busy']:.0%} |"
+                f"| {replicas:,} | {load:.0%} | {name}{row.get('note', '')} | {hits} "
+                f"| {row['mean_s']:.3f} | {row['p50_s']:.3f} | {row['p99_s']:.2f} "
+                f"| {row['imbalance']:.2f} | {row['busy']:.0%} |"
             )
     if sizes is not None:
         lines += ["", _INDEX.format(**sizes)]
@@ -205,7 +212,7 @@ at random the one that will be free sooner. `prefix affinity`: the replica that 
 still, where that is over half of the prompt; else the least of two.
 
 Hits are shares of all prompt tokens, on device + host + store. Times are to the first token. `imbalance` is the busiest
-replica's time over the mean, `busy` the mean share of the time.
+replica's time over the mean, `busy` the mean share of the time. Sizes and loads that are not listed were not run yet.
 
 ## Without bounds
 
@@ -225,7 +232,7 @@ Times are of one core, which others used as well.
 | | |
 |---|---:|
 | table, bytes per block | {table_bytes_per_block:.1f} |
-| whole process, bytes per block | {process_bytes_per_block:.1f} |
+| whole process at its peak, bytes per block | {process_bytes_per_block:.1f} |
 | changes taken in, per second | {changes_per_second:,.0f} |
 | decisions per second (256 keys, all {replicas:,} replicas considered) | {decisions_per_second:,.0f} |
 | a decision, p50 and p99, µs | {decision_us_p50:.0f}, {decision_us_p99:.0f} |
