@@ -34,12 +34,20 @@ def decisions(service: Service) -> dict[str, int]:
 def test_the_second_request_goes_where_its_prefix_is(service: Service) -> None:
     until(lambda: service.metric("understudy_ready_replicas") >= 2 * ready(service))
     shared, before = prompt(1, 400), decisions(service)
+    turns, found = iter(range(1000)), []
     with service.client() as client:
         assert cached(client, shared) == 0
-        for turn in range(4):
-            assert cached(client, prompt(100 + turn, 300)) == 0, "what others ask goes to whoever is free"
-            assert cached(client, [*shared, 5 + turn]) == 400
-    assert decisions(service)["device"] >= before.get("device", 0) + 4
+
+        def has_gone_back() -> bool:
+            """What others ask goes to whoever is free. (A gateway that waits too long for the router chooses itself.)"""
+            turn = next(turns)
+            assert cached(client, prompt(100 + turn, 300)) == 0
+            found.append(cached(client, [*shared, 3 + turn]))
+            return decisions(service)["device"] >= before["device"] + 4
+
+        until(has_gone_back)
+    assert set(found) <= {0, 400}
+    assert found.count(400) >= 4
     shown = subprocess.run(
         [UNDERSTUDY, "status", "--json", "--admin", service.admin], capture_output=True, text=True, check=True
     )
