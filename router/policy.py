@@ -57,7 +57,7 @@ class Class(IntEnum):
 
 class Reason(StrEnum):
     """Why a replica was chosen: a prefix that it has, or the least to wait for; SPREAD where another one has more of
-    the prefix, and would take longer; ONLY where there was no choice."""
+    the prefix itself, and would take longer; ONLY where there was no choice."""
 
     DEVICE = "device"
     HOST = "host"
@@ -206,7 +206,8 @@ def reason(chosen: int, allowed: Mask, reuse: Reuse | None) -> Reason:
     most = int(total[allowed].max())
     if most == 0:
         return Reason.LEAST_WORK
-    if total[chosen] < most:
+    own = reuse.device + reuse.host  # the store's is everybody's
+    if own[chosen] < own[allowed].max():
         return Reason.SPREAD
     tiers = (reuse.device[chosen], reuse.host[chosen], reuse.store[chosen])
     return (Reason.DEVICE, Reason.HOST, Reason.STORE)[int(np.argmax(tiers))]

@@ -39,7 +39,7 @@ def test_the_second_request_goes_where_its_prefix_is(service: Service) -> None:
         assert cached(client, shared) == 0
 
         def has_gone_back() -> bool:
-            """What others ask goes to whoever is free. (A gateway that waits too long for the router chooses itself.)"""
+            """Others are asked between. (A gateway that waits too long for the router chooses by itself.)"""
             turn = next(turns)
             assert cached(client, prompt(100 + turn, 300)) == 0
             found.append(cached(client, [*shared, 3 + turn]))
@@ -52,7 +52,7 @@ def test_the_second_request_goes_where_its_prefix_is(service: Service) -> None:
         [UNDERSTUDY, "status", "--json", "--admin", service.admin], capture_output=True, text=True, check=True
     )
     router = json.loads(shown.stdout)["router"]
-    assert router["reused_tokens"]["device"] >= 4 * 400
+    assert router["reused_tokens"]["device"] >= 4 * 384
     assert router["index"]["changes"] > 0
     until(lambda: service.metric("understudy_router_index_blocks") >= 25)
     until(lambda: service.metric("understudy_router_decisions_total") >= 9)
@@ -68,7 +68,7 @@ def test_a_shared_beginning_spreads_when_its_replica_is_busy(service: Service) -
             shared = prompt(next(seeds), 64)
             cached(client, [*shared, 1])
             prompts = [shared + prompt(next(seeds), 380) for _ in range(8)]
-            assert set(pool.map(lambda ids: cached(client, ids), prompts)) <= {0, 64}
+            assert set(pool.map(lambda ids: cached(client, ids), prompts)) <= {0, 64}  # on the device
             return decisions(service)["spread"] > before
 
         until(has_spread)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.cache.events import STORE_KEPT, Changes, Journal, Tier, hints
@@ -39,6 +39,7 @@ class Reader:
         self.wanted = changes.end
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(Tier), st.booleans(), st.integers(0, 9)), max_size=80),
     st.integers(2, 12),

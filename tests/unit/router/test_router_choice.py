@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.admission import SHARES, Limits, admit
@@ -65,21 +65,25 @@ def every(fleet: Fleet) -> np.ndarray:
     return np.ones(len(fleet), np.bool_)
 
 
+@settings(deadline=None)
 @given(replicas, classes, st.sampled_from(["ahead", "running", "waiting", "granted", "stay"]), st.integers(1, 20))
 def test_whatever_is_in_the_way_makes_nothing_sooner(one: One, rank: Class, name: str, more: int) -> None:
     assert expected(replace(one, **{name: getattr(one, name) + more}), rank) >= expected(one, rank)
 
 
+@settings(deadline=None)
 @given(replicas, st.sampled_from(["device", "host", "store"]), st.integers(1, 300))
 def test_having_more_of_a_prompt_makes_nothing_later(one: One, tier: str, more: int) -> None:
     assert expected(replace(one, **{tier: getattr(one, tier) + more})) <= expected(one) * (1 + 1e-9)
 
 
+@settings(deadline=None)
 @given(replicas, st.sampled_from(["rate", "host_rate", "store_rate"]), st.floats(1.01, 10))
 def test_whoever_is_faster_is_not_later(one: One, name: str, factor: float) -> None:
     assert expected(replace(one, **{name: getattr(one, name) * factor})) <= expected(one) * (1 + 1e-9)
 
 
+@settings(deadline=None)
 @given(replicas, st.integers(1, 900))
 def test_the_device_is_at_least_as_good_as_loading_and_loading_as_computing(one: One, tokens: int) -> None:
     bare = replace(one, device=0, host=0, store=0)
@@ -98,6 +102,7 @@ def test_the_sum_is_the_one_that_is_written_down() -> None:
     assert expected(full, Class.URGENT, 1000) == pytest.approx(4.0 / 8 + 1 + 8 / 256), "one has to leave"
 
 
+@settings(deadline=None)
 @given(fleets, classes, st.data())
 def test_the_choice_is_allowed_and_as_good_as_the_best(ones: list[One], rank: Class, data: st.DataObject) -> None:
     fleet, reuse = fleet_of(ones)
@@ -146,7 +151,8 @@ def test_why_a_replica_was_chosen() -> None:
     said = [reason(slot, every(fleet), reuse) for slot in range(4)]
     assert said == [Reason.HOST, Reason.SPREAD, Reason.SPREAD, Reason.SPREAD]
     assert reason(0, np.array([True, False, False, False]), reuse) is Reason.ONLY
-    assert reason(1, np.array([False, True, True, False]), reuse) is Reason.STORE
+    assert reason(1, np.array([False, True, False, True]), reuse) is Reason.STORE
+    assert reason(1, np.array([False, True, True, False]), reuse) is Reason.SPREAD, "the store's is everybody's"
     assert reason(2, np.array([False, False, True, True]), reuse) is Reason.DEVICE
     assert reason(0, every(fleet), None) is Reason.LEAST_WORK
     nothing = Reuse(*np.zeros((3, 4), np.int64))
@@ -158,6 +164,7 @@ def test_classes_of_priority() -> None:
     assert SHARES[Class.LOW] < SHARES[Class.NORMAL] < SHARES[Class.URGENT] == 1
 
 
+@settings(deadline=None)
 @given(fleets, classes, st.integers(1, 40), st.integers(1, 6000), st.none() | st.integers(1, 100))
 def test_whoever_is_admitted_has_room_and_a_refusal_says_when_to_come_back(
     ones: list[One], rank: Class, waiting: int, tokens: int, service: int | None
@@ -175,6 +182,7 @@ def test_whoever_is_admitted_has_room_and_a_refusal_says_when_to_come_back(
     assert caught.value.retry_after_s == pytest.approx(min(max(wait / 2, 0.5), 30))
 
 
+@settings(deadline=None)
 @given(fleets, fleets)
 def test_a_larger_fleet_says_the_same_of_those_that_were_there(ones: list[One], others: list[One]) -> None:
     fleet, _ = fleet_of(ones)

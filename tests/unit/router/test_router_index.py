@@ -316,6 +316,7 @@ def test_what_is_expected_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 # What it is made of.
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 60)), st.integers(1, 40))
 def test_the_table_keeps_what_a_dictionary_keeps(chosen: list[int], slots: int) -> None:
     """Keys are crowded: all homes lie in a few slots."""
