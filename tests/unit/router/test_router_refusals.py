@@ -252,7 +252,7 @@ async def test_tokens(stage: Stage, tokens_file: Path) -> None:
     assert [m.cache_salt for m in sent] == ["tenant-b", "tenant-b\x1fmine"]
 
 
-@pytest.mark.parametrize("content", ["", "# nobody\n", "one two three\n", "token\n", "t a\nt b\n"])
+@pytest.mark.parametrize("content", ["", "# nobody\n", "one two three four\n", "token\n", "t a\nt b\n"])
 def test_a_tokens_file_that_is_none(tmp_path: Path, content: str) -> None:
     path = tmp_path / "tokens"
     path.write_text(content)
