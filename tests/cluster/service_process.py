@@ -20,6 +20,7 @@ import psutil
 
 from understudy.client import Client
 from understudy.v1 import admin_pb2
+from workers.kernels.build import cache_dir
 
 UNDERSTUDY = str(Path(sys.executable).with_name("understudy"))
 TOKEN = "a-token-for-tests"
@@ -43,7 +44,9 @@ class Service:
 
     def _start(self) -> subprocess.Popen[str]:
         ports = ["--port", "0", "--admin-port", str(self.ports["admin"]), "--metrics-port", str(self.ports["metrics"])]
-        environment = os.environ | {"XDG_CACHE_HOME": str(self._logs), "COLUMNS": "200"}
+        # Logs of its own; kernels that every service shares, for building them takes longer than most tests.
+        environment = {"UNDERSTUDY_CACHE": str(cache_dir().parent)} | os.environ
+        environment |= {"XDG_CACHE_HOME": str(self._logs), "COLUMNS": "200"}
         return subprocess.Popen(
             [UNDERSTUDY, "serve", *ports, *self._flags],
             stdout=subprocess.PIPE,

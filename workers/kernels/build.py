@@ -13,7 +13,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +74,8 @@ def find_compiler() -> list[str]:
 
 
 def build() -> Library:
-    """The library for this CPU: from the cache, or built now (some seconds). Processes may race; all get the same.
+    """The library for this CPU: from the cache, or built now (some seconds). Of processes that race one builds, and the
+    others wait for it.
 
     Raises:
         BuildError: no compiler, or it failed; the message carries what it said.
@@ -86,7 +89,9 @@ def build() -> Library:
     key = digest.hexdigest()[:24]
     path = cache_dir() / f"{key}.so"
     if not path.exists():
-        _compile(compiler, path)
+        with _one_at_a_time(path):
+            if not path.exists():
+                _compile(compiler, path)
     return Library(path, key, version)
 
 
@@ -106,6 +111,24 @@ def load() -> tuple[ctypes.CDLL, Library]:
         return ctypes.CDLL(str(library.path)), library
     except OSError as error:
         raise BuildError(f"{library.path} was built but cannot be loaded: {error}") from error
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """A replica's ranks and hosts start together. Where there are no file locks, all build, and the last one wins."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+    except OSError as error:
+        raise BuildError(f"cannot write the kernel library {path}: {error}; set UNDERSTUDY_CACHE") from error
+    try:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _texts() -> list[str]:

@@ -60,11 +60,12 @@ def test_another_source_is_another_library(tmp_path: Path, monkeypatch: pytest.M
     assert build.build().key != first.key
 
 
-def test_builders_may_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(tmp_path, monkeypatch)
+def test_of_builders_that_race_one_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = install(tmp_path, monkeypatch)
     with ThreadPoolExecutor(4) as pool:
         built = [future.result() for future in [pool.submit(build.build) for _ in range(4)]]
     assert len(set(built)) == 1
+    assert compiled(log) == len(list(build.SOURCES.glob("*.cpp"))) + 1
     assert [p.name for p in built[0].path.parent.iterdir()] == [built[0].path.name]
 
 
