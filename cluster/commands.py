@@ -78,6 +78,9 @@ def serve(
     heartbeat_timeout: Annotated[
         float | None, _option("Seconds of silence until a replica counts as lost (2).", _SERVICE)
     ] = None,
+    step_timeout: Annotated[
+        float | None, _option("Seconds that one step may take before its replica is replaced (60).", _SERVICE)
+    ] = None,
     tls_cert: Annotated[Path | None, _option("Certificate chain (PEM).", _SECURITY, metavar="FILE")] = None,
     tls_key: Annotated[Path | None, _option("Its key (PEM).", _SECURITY, metavar="FILE")] = None,
     tls_client_ca: Annotated[

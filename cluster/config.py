@@ -141,6 +141,7 @@ class ServiceConfig(BaseModel):
     max_service_queue: Annotated[int, Field(ge=1)] | None = None
     drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
     heartbeat_timeout: Annotated[float, Field(ge=0.5, le=600)] = 2.0
+    step_timeout: Annotated[float, Field(ge=5, le=86400)] = 60.0
     redis_url: Annotated[str, AfterValidator(_redis_url)] | None = None
     redis_bytes: Size | None = None
     store_key: FilePath | None = None

@@ -8,10 +8,9 @@ import logging
 import os
 from typing import Any
 
-from prometheus_client import start_http_server
-
 from cluster.admin import ClusterStatus
 from cluster.directory import Directory, find
+from cluster.http import HttpServer
 from cluster.logs import configure
 from cluster.metrics import ReplicaMetrics
 from cluster.plan import GATEWAY_CPUS, GatewayPlan, node_address, serve_logging, unpack
@@ -20,6 +19,7 @@ from cluster.wire import GrpcReplicaChannel
 from router.admin import AdminServer
 from router.channels import Timing
 from router.gateway import Gateway
+from router.health import Verdict
 from router.models import ServedModel
 from router.server import GatewayConfig, address
 from router.state import ReplicaView
@@ -70,7 +70,7 @@ class GatewayApp:
         self._status = ClusterStatus(directory, plan.wanted, plan.started)
         self._replica_metrics = ReplicaMetrics()
         self._admin: AdminServer | None = None
-        self._metrics_server: Any = None
+        self._http: HttpServer | None = None
         self._tending: asyncio.Task[None] | None = None
         self._failure = ""
         self._failed_kind = ""
@@ -91,9 +91,8 @@ class GatewayApp:
         await self._gateway.stop(grace_s)
         if self._admin is not None:
             await self._admin.stop()
-        if self._metrics_server is not None:
-            self._metrics_server.shutdown()
-            self._metrics_server.server_close()
+        if self._http is not None:
+            await asyncio.to_thread(self._http.close)
         with contextlib.suppress(ConnectionError):
             await self._directory.leave(self._holder, None)
 
@@ -115,20 +114,30 @@ class GatewayApp:
         try:
             views = await self._directory.replicas()
             self._learn(views)
+            self._hear_last_words(await self._directory.members())
             await self._prove()
             await self._directory.announce(self._member(), None, self._node)
             figures = await self._directory.figures() if self._admin is not None else None
         except ConnectionError as error:
             log.warning("the router does not answer: %s", error)
             return
-        if self._metrics_server is None:
-            self._serve_metrics()
+        if self._http is None:
+            self._serve_http()
         if self._admin is None:
             await self._serve_admin()
         else:
             self._replica_metrics.views, self._replica_metrics.figures = views, figures
             with contextlib.suppress(ConnectionError):
                 self._replica_metrics.experts = await self._directory.expert_views()
+
+    def _hear_last_words(self, members: list[Member]) -> None:
+        """Why replicas are gone: they say so in the roster, for a while."""
+        told: dict[str, dict[str, str]] = {}
+        for member in members:
+            if member.role == "replica" and member.stage == "failed" and member.error:
+                name = member.claim.replica if member.claim is not None else member.model
+                told.setdefault(member.model, {})[name] = member.error
+        self._gateway.told = told
 
     def _learn(self, views: list[ReplicaView]) -> None:
         known = {m.name: m.info for m in self._gateway.models.all()}
@@ -185,13 +194,17 @@ class GatewayApp:
             address=address(config.host, self._gateway.port),
         )
 
-    def _serve_metrics(self) -> None:
+    def _serve_http(self) -> None:
         first = self._plan.config.metrics_port
         for port in range(first, min(first + max(4, self._plan.config.gateways), 1 << 16)):
             with contextlib.suppress(OSError):
-                self._metrics_server, _ = start_http_server(port, _ADMIN_HOST, self._gateway.metrics.registry)
-                log.info("metrics on port %d", port)
+                registry = self._gateway.metrics.registry
+                self._http = HttpServer(_ADMIN_HOST, port, registry, self._verdicts)
+                log.info("metrics and probes on port %d", port)
                 return
+
+    def _verdicts(self) -> dict[str, Verdict]:
+        return self._gateway.health.verdicts
 
     async def _serve_admin(self) -> None:
         config = GatewayConfig(host=_ADMIN_HOST, port=self._plan.config.admin_port)

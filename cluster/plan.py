@@ -36,6 +36,7 @@ class ReplicaPlan:
     leader_gpus: float
     drain_s: float
     heartbeat_timeout: float
+    step_timeout: float
     loopback: bool
     fake: bool
     logs: str | None = None
@@ -158,6 +159,7 @@ def _replica_plan(
         leader_gpus=1.0 if model.device.startswith("cuda") else 0.0,
         drain_s=config.drain_seconds,
         heartbeat_timeout=config.heartbeat_timeout,
+        step_timeout=config.step_timeout,
         loopback=local,
         fake=config.engine == "fake",
         logs=logs,

@@ -76,6 +76,9 @@ class RayLeader:
     async def stop(self) -> None:
         await self._call(self._handle.stop)
 
+    def awaited(self) -> str:
+        return ""
+
     async def place_experts(self, view: HostsView) -> None:
         await self._call(self._handle.place_experts, msgspec.msgpack.encode(view))
 
@@ -126,6 +129,7 @@ class Replica:
             node=node_address(plan.loopback),
             start_leader=self._start_leader,
             router=find(plan.namespace),
+            patience_s=plan.heartbeat_timeout,
             silence_s=max(10.0, 5 * plan.heartbeat_timeout),
             companion=self._experts,
         )
@@ -150,7 +154,7 @@ class Replica:
         actor = leader_actor(num_cpus=plan.leader_cpus, num_gpus=plan.leader_gpus, **options)
         build = build_fake_engine if plan.fake else build_real_engine
         wire = partial(make_wire, claim=claim, secret=plan.secret, host="127.0.0.1" if plan.loopback else "")
-        return RayLeader(actor.remote(engine, build, wire))
+        return RayLeader(actor.remote(engine, build, wire, step_timeout_s=plan.step_timeout))
 
     def _group(self, engine: EngineConfig, claim: Claim) -> RankGroup:
         plan, place = self._plan, RankPlace(self._plan)

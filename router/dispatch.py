@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections import deque
 from collections.abc import Iterable
@@ -17,7 +18,9 @@ from dataclasses import dataclass, field
 
 from router.channels import Attempt, ChannelPool, Link
 from router.clock import Clock, sleep
+from router.local import LOCAL_LEASE
 from router.state import Assignment, Query, RouterPort
+from router.suspects import CLEARING_TOKENS, Suspicion
 from router.validate import ValidRequest
 from understudy.errors import DeadlineExceeded, InternalError, InvalidRequest, ModelNotFound, Overloaded, Unavailable
 from workers.cache.events import hints
@@ -26,8 +29,6 @@ from workers.engine import EngineInfo, FinishReason, SequenceOutput, TokenLogpro
 
 log = logging.getLogger(__name__)
 
-# A request under which this many replicas in a row were lost before they gave it a token is not sent to a next one.
-MAX_BARREN = 3
 _INLINE_TOKENS = 4096  # hashing a longer prompt takes over half a millisecond: it is done in a thread
 
 
@@ -50,11 +51,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Patience:
-    """Seconds: `first` for a replica of a new stream, `again` for one to go on at, `retry` between tries; and how
-    many tokens may wait for a slow client before its stream is parked, all its sequences together."""
+    """Seconds: `first` for a replica of a new stream, `again` for one to go on at, `retry` between tries, longer after
+    several; and how many tokens may wait for a slow client before its stream is parked, all its sequences together."""
 
     first: float = 2.0
-    again: float = 15.0
+    again: float = 300.0
     retry: float = 0.1
     buffered_tokens: int = 4096
 
@@ -70,6 +71,7 @@ class Dispatcher:
         self.streams: set[Stream] = set()
         self.failovers = 0
         self._leases: list[int] = []
+        self._cleared: list[int] = []
         self._releasing: asyncio.Task[None] | None = None
 
     def open(
@@ -84,15 +86,27 @@ class Dispatcher:
     def release(self, lease: int) -> None:
         """Gives an assignment back, soon."""
         self._leases.append(lease)
+        self._tell_router()
+
+    def clear(self, lease: int) -> None:
+        """Lets the router know, soon, that a suspect has got on."""
+        self._cleared.append(lease)
+        self._tell_router()
+
+    def _tell_router(self) -> None:
         if self._releasing is None or self._releasing.done():
             self._releasing = asyncio.create_task(self._release(), name="release leases")
 
     async def _release(self) -> None:
-        while self._leases:
+        while self._leases or self._cleared:
             leases, self._leases = self._leases, []
+            cleared, self._cleared = self._cleared, []
             try:
-                await self.router.release(leases)
-            except ConnectionError as error:  # harmless: grants settle by themselves
+                if cleared:
+                    await self.router.clear(cleared)
+                if leases:
+                    await self.router.release(leases)
+            except ConnectionError as error:  # harmless: grants settle by themselves, and probation ends
                 log.info("%d leases not released: %s", len(leases), error)
 
     async def close(self) -> None:
@@ -105,25 +119,25 @@ class Dispatcher:
 
 @dataclass(slots=True)
 class _Place:
-    """A replica that some sequences of a stream run on together."""
+    """A replica that some sequences of a stream run on together. `suspected`: until one of them has got on."""
 
     link: Link
     to: Assignment
     sequences: int
+    suspected: bool
 
 
 class _Sequence:
     """One of a stream's sequences: what it has, and where it runs now. Without an attempt it waits for a place."""
 
-    __slots__ = ("attempt", "barren", "done", "errors", "index", "place", "tokens")
+    __slots__ = ("attempt", "begun", "done", "index", "place", "tokens")
 
     def __init__(self, index: int, received: list[int]) -> None:
         self.index = index
         self.tokens = list(received)
         self.attempt: Attempt | None = None
         self.place: _Place | None = None
-        self.errors = 0  # of the engine
-        self.barren = 0  # replicas in a row that were lost under it before they gave it a token
+        self.begun = 0  # tokens that it had when it came to its place
         self.done = False
 
 
@@ -138,15 +152,17 @@ class Stream:
     ) -> None:
         self._owner = owner
         self._request = request
+        self._id = owner.pool.attempt_id(request.request_id)
         self.info: EngineInfo | None = None  # of the first replica; those that follow have its weights and arithmetic
         self._pinned = request.pinned
         self._sequences = {i: _Sequence(i, request.received_of(i)) for i in indexes}
         self._turns = deque(self._sequences.values())
         # A stream that goes on elsewhere has told them.
         self._wants_prompt = request.prompt_logprobs is not None and request.pinned is None
-        self._family = owner.pool.attempt_id(request.request_id) if len(self._sequences) > 1 else ""
+        self._family = self._id if len(self._sequences) > 1 else ""
         self._buffered = max(owner.patience.buffered_tokens // max(len(self._sequences), 1), 32)
         self._excluded: list[tuple[str, int]] = []
+        self._suspicion = Suspicion()
         self._placing: asyncio.Task[None] | None = None
         self._placed = False
         self._expired = self._abandoned = False
@@ -158,8 +174,8 @@ class Stream:
         """What has come of one sequence, waiting where nothing has. Sequences take turns.
 
         Raises DeadlineExceeded after everything made until then, and so InvalidRequest where the request's own rules
-        end an answer; Overloaded and Unavailable when no replica can be had, InternalError when the engine failed on a
-        sequence twice, or several replicas were lost under it.
+        end an answer; Overloaded and Unavailable when no replica can be had, InternalError when the engine failed, or
+        the replica was lost, twice while nothing else can have been the reason.
         """
         while True:
             batch = self._take()
@@ -236,7 +252,7 @@ class Stream:
         """Finds a replica for these sequences together, and starts each there after the tokens that we have."""
         owner = self._owner
         give_up = owner.clock.now() + (owner.patience.again if self._placed else owner.patience.first)
-        while True:
+        for tries in itertools.count(1):
             try:
                 await self._try_place(waiting)
                 return
@@ -248,7 +264,7 @@ class Stream:
                     raise Unavailable(f"no replica can take this stream: {why}; try again shortly") from error
                 if not isinstance(error, ConnectionError):
                     self._excluded.clear()  # nobody else is there: a replica that was silent may be back
-            await sleep(owner.clock, owner.patience.retry)
+            await sleep(owner.clock, owner.patience.retry * min(tries, 5))
 
     async def _try_place(self, waiting: list[_Sequence]) -> None:
         owner, request, pinned = self._owner, self._request, self._pinned
@@ -260,6 +276,7 @@ class Stream:
             keys=await self._keys(waiting),
             sequences=len(waiting),
             priority=request.priority,
+            together=self._suspicion.together,
         )
         to = await owner.router.assign(query)
         try:
@@ -300,17 +317,17 @@ class Stream:
         if link.lost is not None:
             raise ConnectionError(link.lost)
         owner = self._owner
-        place = _Place(link, to, 0)
+        place = _Place(link, to, 0, self._suspicion.together > 0)
         for sequence in waiting:
             if sequence.done:
                 continue
-            attempt = Attempt(owner.pool.attempt_id(self._request.request_id), self._wake, self._buffered)
+            attempt = Attempt(owner.pool.attempt_id(self._request.request_id), self._wake, self._buffered, self._id)
             prompt = self._wants_prompt and place.sequences == 0
             link.open(
                 self._request.to_engine(attempt.id, sequence.index, list(sequence.tokens), self._family, prompt),
                 attempt,
             )
-            sequence.attempt, sequence.place = attempt, place
+            sequence.attempt, sequence.place, sequence.begun = attempt, place, len(sequence.tokens)
             place.sequences += 1
         if not place.sequences:
             owner.release(to.lease)
@@ -327,21 +344,32 @@ class Stream:
             self._owner.release(place.to.lease)
 
     def _lose(self, sequence: _Sequence, attempt: Attempt, place: _Place) -> None:
-        """The sequence has to go on elsewhere. Raises InternalError where it kills replicas, before all are dead."""
+        """The sequence has to go on elsewhere. Raises InternalError where the request alone can be the reason."""
         request_id = self._request.request_id
-        sequence.barren += attempt.broken
-        if sequence.barren >= MAX_BARREN:
-            log.error("request %s: %d replicas in a row were lost under it", request_id, sequence.barren)
-            raise InternalError(f"{sequence.barren} replicas in a row were lost under request {request_id}")
         log.warning(
             "request %s leaves replica %s after %d tokens of sequence %d: %s",
             request_id, place.to.replica, len(sequence.tokens), sequence.index, attempt.lost,
         )  # fmt: skip
         life = (place.to.replica, place.to.epoch)
-        if life not in self._excluded:  # once for all the sequences that it held
+        first = life not in self._excluded  # once for all the sequences that it held
+        if first and attempt.crowd:  # where no router has kept others away, nobody was alone for sure
+            self._suspicion.fell(attempt.crowd + (place.to.lease == LOCAL_LEASE))
+        self._leave(sequence)
+        if self._suspicion.guilty:
+            log.error("request %s is refused: %s", request_id, attempt.lost)
+            raise InternalError(
+                f"request {request_id} is not tried again: {self._suspicion.alone} times its replica failed while "
+                "nothing else can have been the reason; the service's log says how, under this id"
+            )
+        if first:
             self._excluded.append(life)
             self._owner.failovers += 1
-        self._leave(sequence)
+
+    def _clear(self, place: _Place) -> None:
+        """A sequence there has got on: the request is not what a replica died of."""
+        place.suspected = False
+        self._suspicion.clear()
+        self._owner.clear(place.to.lease)
 
     # Tokens.
 
@@ -377,9 +405,11 @@ class Stream:
                 batch.prompt_logprobs, self._wants_prompt = output.prompt_logprobs, False
             if output.finish is not None:
                 batch.finish = self._end(sequence, output, attempt)
-        if batch.token_ids:
-            sequence.tokens += batch.token_ids
-            sequence.barren = 0
+        sequence.tokens += batch.token_ids
+        place = sequence.place
+        got_on = batch.finish is not None or len(sequence.tokens) - sequence.begun >= CLEARING_TOKENS
+        if got_on and place is not None and place.suspected:
+            self._clear(place)
         if batch.finish is not None:
             self.finish(sequence.index)
         if batch.token_ids or batch.finish is not None or batch.cached_tokens is not None:
@@ -387,16 +417,13 @@ class Stream:
         return None
 
     def _end(self, sequence: _Sequence, output: SequenceOutput, attempt: Attempt) -> FinishReason | None:
-        """How the engine's end counts here: a cancellation that we did not ask for, and a first failure, are a
-        replica lost."""
+        """How the engine's end counts here: a cancellation that we did not ask for is a replica lost, and a failure is
+        one for which this request, or another of its step, may be the reason."""
         if output.finish is FinishReason.ERROR:
             if output.field:
                 self._refused = self._refused or InvalidRequest(output.error, output.field)
                 return None
-            sequence.errors += 1
             log.error("request %s: the engine failed: %s", self._request.request_id, output.error)
-            if sequence.errors > 1:
-                raise InternalError(f"the engine failed on request {self._request.request_id}")
             attempt.lost = output.error
             return None
         if output.finish is FinishReason.CANCELLED:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from router.answer import Answer
@@ -23,6 +23,7 @@ from router.chat.service import Chats, Plan
 from router.chat.service import Context as ChatContext
 from router.clock import Clock, LoopClock
 from router.dispatch import Batch, Dispatcher, Patience, Stream
+from router.health import USABLE, Health, judge
 from router.interceptors import CallInterceptor, Tokens, current_call
 from router.local import FallbackRouter, LocalRouter
 from router.metrics import Metrics
@@ -259,13 +260,13 @@ class Gateway:
         self.pool = ChannelPool(connect, self.name, clock, timing)
         self._router = FallbackRouter(router, LocalRouter(self.pool, secrets.SystemRandom()), clock)
         self.dispatcher = Dispatcher(self._router, self.pool, clock, patience)
-        self._health = health.aio.HealthServicer()
+        self.health = Health(SERVICE, self.metrics.serving)
+        self.told: dict[str, dict[str, str]] = {}  # by model and replica: the last words of those that are gone
+        self._views: list[ReplicaView] = []
         self._chats = Chats()
         self._server: Any = None
         self._watching: asyncio.Task[None] | None = None
         self._connecting: dict[str, asyncio.Task[None]] = {}
-        self._usable: set[tuple[str, int]] = set()  # replica and epoch
-        self._serving: bool | None = None
         self._counted_failovers = self._counted_alone = 0
         self.port = 0
 
@@ -280,7 +281,7 @@ class Gateway:
         server: Any = grpc.aio.server(interceptors=[interceptor], options=server_options(self._config))
         service = InferenceService(self.models, self.dispatcher, self.metrics, self._config, self._chats)
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         self.port = bind(server, self._config)
         await self.refresh()
@@ -295,8 +296,7 @@ class Gateway:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
-        for service in ("", SERVICE):
-            await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self.health.end()
         if server is not None:
             stopping = asyncio.create_task(server.stop(grace_s + 1.0))
             await asyncio.wait([stopping], timeout=grace_s)
@@ -323,7 +323,7 @@ class Gateway:
         """Connects to ready replicas, drops those that are gone, tells health and metrics."""
         views = await self._router.replicas()
         await self.pool.prune()
-        self._usable = {(v.replica, v.epoch) for v in views if v.state is not State.DRAINING}
+        self._views = views
         self._connecting = {name: task for name, task in self._connecting.items() if not task.done()}
         linked = {(k.replica, k.epoch) for k in self.pool.alive()}
         for view in views:
@@ -351,12 +351,8 @@ class Gateway:
         self._connecting[view.replica] = asyncio.create_task(connect(), name=f"connect {view.replica}")
 
     async def _tell_health(self) -> None:
-        ready = sum((k.replica, k.epoch) in self._usable for k in self.pool.alive())
-        self.metrics.ready_replicas.set(ready)
-        serving = ready > 0 and bool(self.models.all())
-        if serving == self._serving:
-            return
-        self._serving = serving
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in ("", SERVICE):
-            await self._health.set(service, status)
+        links = self.pool.alive()
+        usable = {(v.replica, v.epoch) for v in self._views if v.state in USABLE}
+        self.metrics.ready_replicas.set(sum((k.replica, k.epoch) in usable for k in links))
+        names = [m.name for m in self.models.all()]
+        await self.health.put({name: judge(name, self._views, links, self.told.get(name)) for name in names})
