@@ -2,11 +2,11 @@
 
     python bench/chaos.py --faults 200 --seed 1
 
-A real service: one model at two replicas with speculation, the same over two ranks, the bundled mixture, its experts
-on hosts; two gateways, Redis, the router actor, Serve. 16 clients stream without end, with features of every kind; each
-answer is compared, bit for bit, with the one that came when nothing happened. Meanwhile processes of every kind are
-killed with SIGKILL, some two at once, or stopped for 1 to 6 seconds; the next fault comes when all is as before, and up
-to 2.5 seconds later. Writes bench/results/chaos.md and .json.
+A real service: one model with speculation, the same over two ranks, the bundled mixture with its experts on hosts, at
+two replicas each; two gateways, Redis, the router actor, Serve. 16 clients stream without end, with features of every
+kind; each answer is compared, bit for bit, with the one that came when nothing happened. Meanwhile processes are
+killed with SIGKILL, some two at once, or stopped for 1 to 6 seconds; the next fault comes up to 3 seconds after there
+is one of everything again, and after every tenth when all is as before. Writes bench/results/chaos.md and .json.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ Answers that differ in any token, bit or word: {len(tally.wrong)}. Memory of all
 {table(result)}
 
 A pause is the longest time without a piece that a fault can have made, for each of the 16 clients and each fault; less
-than 0.1 s was not taken down. Times between faults are chosen so that all is whole before the next one.
+than 0.1 s was not taken down. Faults follow each other while the service still mends what the ones before have broken:
+a pause that two of them may have made counts for both. Only every tenth waits until all is whole.
 """
     for said in (tally.lost + tally.wrong)[:20]:
         text += f"\n- {said}"

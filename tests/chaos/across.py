@@ -35,7 +35,7 @@ async def lead(name: str, host: str, model: str) -> None:
     wire = partial(LeaderServer, replica=name, epoch=1, secret=SECRET, host=host)
     leader = Leader(EngineConfig(model, name="text", dtype="float32", threads=1), build_real_engine, wire)
     report = await leader.start()
-    print(report.address or report.error, flush=True)
+    _say(report.address or report.error)
     await asyncio.to_thread(sys.stdin.read)
     await leader.stop()
 
@@ -113,11 +113,15 @@ async def serve(addresses: dict[str, str], model: str) -> None:
         await asyncio.sleep(0.02)
     told = await asyncio.to_thread(play, port)
     told["failovers"] = gateway.dispatcher.failovers
-    print("ended", flush=True)
+    _say("ended")
     while len(gateway.pool.alive()) < len(addresses):  # noqa: ASYNC110  # the wire is whole again
         await asyncio.sleep(0.02)
-    print(json.dumps(told), flush=True)
+    _say(json.dumps(told))
     await gateway.stop()
+
+
+def _say(text: str) -> None:
+    print(f"says {text}", flush=True)  # the log has the same output
 
 
 def play(port: int) -> dict[str, object]:
@@ -129,7 +133,7 @@ def play(port: int) -> dict[str, object]:
         streams = [ask(client, i) for i in range(STREAMS)]
         for stream in streams:
             next(stream)
-        print("streaming", flush=True)
+        _say("streaming")
         sys.stdin.readline()
         gaps = [0.0] * STREAMS
         readers = [threading.Thread(target=_read, args=(stream, gaps, i)) for i, stream in enumerate(streams)]

@@ -73,7 +73,7 @@ class Director:
 
     def chance(self) -> float:
         """Seconds to wait, by chance."""
-        return self._dice.uniform(0.0, 2.0)
+        return self._dice.uniform(0.0, 3.0)
 
     def strike(self) -> Fault:
         """Kills, or stops and lets go on; returns when that is done."""
@@ -113,12 +113,15 @@ def _signal(target: Target, number: int) -> None:
         return  # it has just ended: of the fault before, or as its replica's companion
 
 
-def whole(service: Service, wanted: Mapping[str, int], gateways: int, hosts: int) -> str:
-    """What is missing still; empty when the service is as it was."""
+def missing(service: Service, wanted: Mapping[str, int], killed: set[int], gateways: int, hosts: int) -> str:
+    """What there should be still; empty when the service has so many of everything, and knows of none that was
+    killed."""
     try:
         status = service.status()
     except (UnderstudyError, OSError) as error:
         return f"no status: {error}"
+    if known := killed & {p.pid for p in status.processes}:
+        return f"the status still names {known}"
     for name, count in wanted.items():
         ready = [r for r in status.replicas if r.model == name and r.state == admin_pb2.REPLICA_STATE_READY]
         if len(ready) < count:

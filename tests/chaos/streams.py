@@ -67,7 +67,7 @@ def parts(plain: str, others: list[str], demo: str) -> list[Part]:
         made += [
             Part("schema", "A person: ", often | {"json_schema": _SCHEMA, "max_tokens": 80}),
             Part("regex", "Numbers: ", often | {"regex": r"(\d{1,4}, ){40}end", "max_tokens": 300}),
-            Part("chat", "Tell me of the sea.", often | {"max_tokens": 150, "reasoning_effort": "low"}, chat=True),
+            Part("chat", "Tell me of the sea.", often | {"max_tokens": 150, "effort": "low"}, chat=True),
             Part(
                 "tools",
                 "How is the weather?",

@@ -26,7 +26,8 @@ def test_streams_go_on_when_the_network_is_cut(text_model: Path) -> None:
 
         def said(process: subprocess.Popen[str]) -> str:
             assert process.stdout is not None
-            return process.stdout.readline().strip()
+            line = next((line for line in process.stdout if line.startswith("says ")), "")
+            return line.removeprefix("says ").strip()
 
         try:
             leaders = [start(i, "leader", f"r{i}", HOSTS[i], str(text_model)) for i in range(2)]
