@@ -9,7 +9,7 @@ an argument.
 | what a new request would wait | more in proportion, where that is beyond the objective: at most twice as many |
 | blocks of the cache in use | as many as hold them with `CACHE` of theirs |
 | requests that found no room | half as many again |
-| requests that found no replica | one, or as many as have places for them |
+| requests that found no replica | as many as have places for them; one, where nobody knows how many those are |
 
 The largest counts. Up: at once. Down: to the most that was asked for during `down_s`, by thresholds that are lower by
 `MARGIN`, so that what remains does not ask for more again; and at most by half each time. Where a model has to grow
@@ -82,7 +82,7 @@ class ModelScaler:
         self._began = self._active = self._changed = math.nan  # when: is known since; last asked; last changed
         self._shrank = self._grew = -math.inf
         self._requests = 0
-        self._places = 1
+        self._places = 0  # not known until a replica was there
         self._last = Decision(0, Why.STEADY)
 
     def decide(self, demand: ModelDemand | None, present: int, now: float) -> Decision:
@@ -147,7 +147,7 @@ def needed(demand: ModelDemand, goal: Goal, places: int) -> tuple[int, Why, str]
     ready = demand.ready
     if not ready and demand.unserved:
         said = f"{demand.unserved} requests wait for a replica"
-        asked.append((math.ceil(demand.unserved / (PLACES * places)), Why.UNSERVED, said))
+        asked.append((math.ceil(demand.unserved / (PLACES * places)) if places else 1, Why.UNSERVED, said))
     if ready and demand.first_token_s > goal.first_token_s:
         factor = min(demand.first_token_s / goal.first_token_s, 2.0)
         said = f"a first token would take {demand.first_token_s:.1f} s, of {goal.first_token_s:g}"
@@ -169,7 +169,7 @@ def _by_size(demand: ModelDemand, goal: Goal, places: int, share: float) -> list
     held = demand.ready * demand.cache
     return [
         (
-            math.ceil(demand.sequences / (PLACES * share * places)),
+            math.ceil(demand.sequences / (PLACES * share * max(places, 1))),
             Why.RUNNING,
             f"{demand.sequences} sequences, {places} places at each",
         ),

@@ -162,7 +162,6 @@ def test_who_had_to_grow_again_waits_longer() -> None:
         (ModelDemand(ready=2, places=8, running=1, first_token_s=60.0), Why.FIRST_TOKEN, 4),
         (ModelDemand(ready=2, places=8, running=1, cache=0.95), Why.CACHE, 3),
         (ModelDemand(ready=2, places=8, running=1, refused=3.0), Why.REFUSED, 3),
-        (ModelDemand(unserved=2), Why.UNSERVED, 3),
         (ModelDemand(ready=2, places=8, running=1), Why.STEADY, 2),
     ],
 )
@@ -171,6 +170,14 @@ def test_each_signal_asks_for_its_number_and_says_why(demand: ModelDemand, why: 
     decision = scaler.decide(demand, 2, 10.0)
     assert (decision.why, decision.wanted) == (why, wanted)
     assert bool(decision.said) == (why is not Why.STEADY)
+
+
+def test_from_zero_to_one_and_to_more_where_it_is_known_what_a_replica_takes() -> None:
+    scaler = ModelScaler(Goal(0, 9))
+    assert scaler.decide(ModelDemand(unserved=20), 0, 0.0).wanted == 1
+    scaler.decide(ModelDemand(ready=1, running=1, places=8), 1, 1.0)
+    decision = scaler.decide(ModelDemand(unserved=20), 0, 9.0)
+    assert (decision.wanted, decision.why) == (4, Why.UNSERVED)
 
 
 def test_the_reason_of_the_last_change_stays_and_ages() -> None:
