@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import msgspec
+
 from cluster.catalog import Catalog, Known
 from cluster.directory import Directory
 from cluster.roster import Claim, Member
@@ -77,7 +79,11 @@ def describe(views: Sequence[ReplicaView], members: Sequence[Member], known: Kno
         if decision is not None and not bounds.fixed:
             message.scaling.reason, message.scaling.detail = decision.why, decision.said
             message.scaling.age_s = decision.age_s
-    response.replicas.extend(replica_message(v) for v in views)
+    for v in views:
+        shown_replica = replica_message(v)
+        if (start := known.starts.get(v.replica)) is not None:
+            shown_replica.cold_start.CopyFrom(pb.ColdStart(**msgspec.structs.asdict(start)))
+        response.replicas.append(shown_replica)
     shown = {(v.replica, v.epoch) for v in views}
     for member in members:
         claim = member.claim

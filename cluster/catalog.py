@@ -10,6 +10,7 @@ import msgspec
 
 from cluster.autoscale import Decision
 from cluster.written import Bounds
+from workers.actors import ColdStart
 
 _KEPT_VERSIONS = 4  # of a model
 
@@ -32,11 +33,13 @@ class Texts(msgspec.Struct, frozen=True):
 
 
 class Known(msgspec.Struct, frozen=True):
-    """What a gateway should know. `versions` are the generations of texts, by model and fingerprint."""
+    """What a gateway should know. `versions` are the generations of texts, by model and fingerprint; `starts` are how
+    long replicas' starts took."""
 
     catalog: Catalog = Catalog()
     versions: dict[str, dict[str, int]] = {}
     decisions: dict[str, Decision] = {}
+    starts: dict[str, ColdStart] = {}
 
 
 class Library:
@@ -48,6 +51,14 @@ class Library:
         self._texts: dict[str, dict[str, Texts]] = {}
         self._decisions: dict[str, Decision] = {}
         self._decided = clock()
+        self._starts: dict[str, ColdStart] = {}
+
+    def started(self, replica: str, start: ColdStart) -> None:
+        """How long the start of a replica's present life took."""
+        self._starts[replica] = start
+
+    def left(self, replica: str) -> None:
+        self._starts.pop(replica, None)
 
     def exchange(self, catalog: Catalog) -> Known:
         """Takes a newer catalog, and tells what is known."""
@@ -56,7 +67,7 @@ class Library:
         versions = {m: {f: t.generation for f, t in texts.items()} for m, texts in self._texts.items()}
         age = self._clock() - self._decided
         decisions = {m: msgspec.structs.replace(d, age_s=d.age_s + age) for m, d in self._decisions.items()}
-        return Known(self._catalog, versions, decisions)
+        return Known(self._catalog, versions, decisions, dict(self._starts))
 
     def has(self, model: str, fingerprint: str, generation: int) -> bool:
         """Whether these texts, or newer ones, are here."""

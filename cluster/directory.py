@@ -62,7 +62,10 @@ class DirectoryActor(RouterActor):
             return -1
         if said.claim is None:
             return 0
-        self._tell_router(said.claim, said.stage, _report.decode(report) if report else None, node)
+        decoded = _report.decode(report) if report else None
+        self._tell_router(said.claim, said.stage, decoded, node)
+        if decoded is not None and decoded.cold_start is not None:
+            self._library.started(said.claim.replica, decoded.cold_start)
         return self._router.wanted(said.claim.replica, said.claim.epoch)
 
     async def leave(self, holder: str, claim: bytes) -> None:
@@ -70,6 +73,7 @@ class DirectoryActor(RouterActor):
         if claim:
             place = _claim.decode(claim)
             self._router.unregister(place.replica, place.epoch)
+            self._library.left(place.replica)
 
     async def members(self) -> bytes:
         return _encode(self._roster.members())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -127,6 +128,14 @@ class ReplicaMetrics(Collector):
             if model in known.decisions:
                 why.add_metric([model, known.decisions[model].why], 1.0)
         yield from (ready, why)
+        start = GaugeMetricFamily(
+            "understudy_replica_cold_start_seconds", "How long a part of its start took.", labels=[*_LABELS, "part"]
+        )
+        for view in self.views:
+            if view.replica in known.starts:
+                for part, seconds in msgspec.structs.asdict(known.starts[view.replica]).items():
+                    start.add_metric((view.info.model, view.replica, part.removesuffix("_s")), seconds)
+        yield start
 
 
 def _router(figures: RouterFigures) -> Iterator[Metric]:

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import re
+import time
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,7 @@ from workers.parallel.meeting import Meeting
 log = logging.getLogger(__name__)
 
 _LEND_S = 2.0
+_UPGRADE_TRIES = 3
 
 
 def build_fake_engine(config: EngineConfig, progress: Progress, rows: float | None = None) -> Engine:
@@ -177,7 +179,7 @@ class Replica:
         actor = leader_actor(num_cpus=plan.leader_cpus, num_gpus=plan.leader_gpus, **options)
         build = partial(build_fake_engine, rows=plan.fake_rows) if plan.fake else build_real_engine
         wire = partial(make_wire, claim=claim, secret=plan.secret, host="127.0.0.1" if plan.loopback else "")
-        return RayLeader(actor.remote(engine, build, wire))
+        return RayLeader(actor.remote(engine, build, wire, ordered=time.time()))
 
     def _group(self, engine: EngineConfig, claim: Claim) -> RankGroup:
         plan, place = self._plan, RankPlace(self._plan)
@@ -213,6 +215,9 @@ def deployment(plan: ReplicaPlan, present: int | None = None) -> Any:
     """`Replica` for one model, bound. `present` are the replicas that an autoscaled model has already."""
     from ray import serve
 
+    more = _number(plan, present)
+    if plan.upgrade:  # Serve goes no further after so many in a row
+        more["max_constructor_retry_count"] = _UPGRADE_TRIES
     made: Any = serve.deployment(
         Replica,
         name="replica-" + re.sub(r"[^\w.-]", "-", plan.model),  # becomes part of file names
@@ -223,7 +228,7 @@ def deployment(plan: ReplicaPlan, present: int | None = None) -> Any:
         graceful_shutdown_wait_loop_s=0.05,
         logging_config=serve_logging(plan.logs),
         max_surge_percent=plan.surge_percent,
-        **_number(plan, present),
+        **more,
     )
     return made.bind(plan)
 
