@@ -44,6 +44,9 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 PROMPTS, PROMPT, OUT = 8, 64, 96
 EVERY_S = 0.5
+# Ray's provider whose nodes are processes of this machine, and what it calls the head.
+PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+HEAD, HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"
 WARM_UP_TOKENS = 2  # what a replica makes before it is ready
 
 
@@ -65,17 +68,18 @@ def ray_with_nodes(most: int, idle_minutes: float) -> Iterator[str]:
         "max_workers": most,
         "upscaling_speed": 10.0,
         "idle_timeout_minutes": idle_minutes,
-        "provider": {"type": "fake_multinode", "gcs_address": address, "launch_multiple": True},
+        "provider": {
+            "type": "external", "module": PROVIDER, "gcs_address": address, "launch_multiple": True, "head_node_id": HEAD,
+        },
         "available_node_types": {
-            "head": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+            HEAD_TYPE: {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
             "worker": node,
         },
-        "head_node_type": "head",
+        "head_node_type": HEAD_TYPE,
         "auth": {}, "docker": {}, "file_mounts": {}, "cluster_synced_files": [], "initialization_commands": [],
         "setup_commands": [], "head_setup_commands": [], "worker_setup_commands": [], "head_start_ray_commands": [],
         "worker_start_ray_commands": [],
     }  # fmt: skip
-    config["provider"]["head_node_id"] = HEAD  # type: ignore[index]
     file = place / "autoscaler.json"
     file.write_text(json.dumps(config))
     os.environ[undertaker.MARK] = mark
@@ -84,7 +88,7 @@ def ray_with_nodes(most: int, idle_minutes: float) -> Iterator[str]:
     os.environ.setdefault("RAY_worker_niceness", "0")
     environment = os.environ | {
         "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1",
-        "RAY_CLOUD_INSTANCE_ID": HEAD, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD, "RAY_NODE_TYPE_NAME": "head",
+        "RAY_CLOUD_INSTANCE_ID": HEAD, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD, "RAY_NODE_TYPE_NAME": HEAD_TYPE,
     }  # fmt: skip
     ports = {"port": port, "ray-client-server-port": free_port(), "dashboard-agent-listen-port": 0}
     ports |= {"min-worker-port": 0, "max-worker-port": 0}
@@ -97,9 +101,6 @@ def ray_with_nodes(most: int, idle_minutes: float) -> Iterator[str]:
     finally:
         undertaker.bury(mark, place, 2.0)
         shutil.rmtree(place, ignore_errors=True)
-
-
-HEAD = "f" * 51 + "00000"
 
 
 @contextmanager

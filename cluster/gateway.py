@@ -155,7 +155,8 @@ class GatewayApp:
             if generation > self._versions.get((name, version), -1):
                 await self._take_version(info, generation)
         for name, versions in there.items():
-            gateway.models.keep(name, versions)
+            if versions:  # else nobody is there, or the router has just begun anew
+                gateway.models.keep(name, versions)
         self._versions = {v: g for v, g in self._versions.items() if gateway.models.has(*v)}
 
     async def _take_version(self, info: EngineInfo, generation: int) -> None:
