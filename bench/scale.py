@@ -68,9 +68,8 @@ def ray_with_nodes(most: int, idle_minutes: float) -> Iterator[str]:
         "max_workers": most,
         "upscaling_speed": 10.0,
         "idle_timeout_minutes": idle_minutes,
-        "provider": {
-            "type": "external", "module": PROVIDER, "gcs_address": address, "launch_multiple": True, "head_node_id": HEAD,
-        },
+        "provider": {"type": "external", "module": PROVIDER, "gcs_address": address, "head_node_id": HEAD}
+        | {"launch_multiple": True},
         "available_node_types": {
             HEAD_TYPE: {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
             "worker": node,

@@ -102,9 +102,7 @@ class DirectoryActor(RouterActor):
         return self._library.has(model, fingerprint, generation)
 
     async def lend_texts(self, model: str, fingerprint: str, texts: bytes) -> None:
-        found = _texts.decode(texts)
-        if found is not None:
-            self._library.lend(model, fingerprint, found)
+        self._library.lend(model, fingerprint, _texts.decode(texts))
 
     async def texts(self, model: str, fingerprint: str) -> bytes:
         return _encode(self._library.texts(model, fingerprint))
@@ -172,7 +170,8 @@ class Directory(RayRouter):
 
     async def texts(self, model: str, fingerprint: str) -> Texts | None:
         """See `Library.texts`."""
-        return _texts.decode(await self._ask(self.handle.texts.remote(model, fingerprint)))
+        texts: Texts | None = _texts.decode(await self._ask(self.handle.texts.remote(model, fingerprint)))
+        return texts
 
     def scale_now(self, decisions: Mapping[str, Decision], timeout_s: float = 2.0) -> dict[str, ModelDemand]:
         """Tells what was decided; the demand. For a thread without an event loop."""

@@ -73,7 +73,7 @@ class GatewayPlan:
 
     @property
     def catalog(self) -> Catalog:
-        return Catalog(self.generation, {name: tuple(bounds) for name, bounds in self.models.items()})
+        return Catalog(self.generation, {name: (b.least, b.most) for name, b in self.models.items()})
 
 
 @dataclass(frozen=True)

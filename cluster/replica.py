@@ -44,6 +44,9 @@ def build_fake_engine(config: EngineConfig, progress: Progress, rows: float | No
 
     from workers.engine.fake import FakeEngine
 
+    def step_s(n: int) -> float:
+        return n / rows if rows is not None else 0.0
+
     progress(1, 1)
     vocabulary = Tokenizer.from_file(str(Path(config.model_dir) / "tokenizer.json")).get_vocab_size()
     return FakeEngine(
@@ -51,7 +54,7 @@ def build_fake_engine(config: EngineConfig, progress: Progress, rows: float | No
         max_context=config.max_context or 4096,
         max_running=config.max_running or 64,
         model=config.name,
-        step_s=0.0 if rows is None else lambda n: n / rows,
+        step_s=step_s,
     )
 
 

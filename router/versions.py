@@ -15,6 +15,7 @@ from router.models import ServedModel
 from understudy.errors import InvalidRequest, ModelNotFound
 
 Version = tuple[str, str]  # a model's name and fingerprint
+_Known = dict[str, tuple[int, ServedModel]]  # by fingerprint: order, and what it is
 
 
 class Models:
@@ -22,7 +23,7 @@ class Models:
     version is known yet."""
 
     def __init__(self, models: Iterable[ServedModel] = (), rng: random.Random | None = None) -> None:
-        self._models: dict[str, dict[str, tuple[int, ServedModel]]] = {}  # name -> fingerprint -> order and model
+        self._models: dict[str, _Known] = {}
         self._ready: Mapping[Version, int] = {}
         self._expected: Set[str] = frozenset()
         self._rng = rng if rng is not None else random.Random()
@@ -40,9 +41,10 @@ class Models:
 
     def keep(self, name: str, fingerprints: Set[str]) -> None:
         """Forgets other versions of a model, but never the newest."""
-        known = self._models.get(name, {})
-        newest = self._newest(known)
-        self._models[name] = {f: v for f, v in known.items() if f in fingerprints or v[1] is newest}
+        known = self._models.get(name)
+        if known:
+            newest = self._newest(known)
+            self._models[name] = {f: v for f, v in known.items() if f in fingerprints or v[1] is newest}
 
     def weigh(self, ready: Mapping[Version, int]) -> None:
         """How many ready replicas each version has."""
@@ -76,10 +78,9 @@ class Models:
         if not known:
             if not self._models:
                 raise ModelNotFound("no model is served yet; try again shortly")
-            if len(self._models) > 1:
-                raise InvalidRequest(
-                    f"is empty; {len(self._models)} models are served, name one of ListModels", "model"
-                )
+            number = max(len(self._models), len(self._expected))
+            if number > 1:
+                raise InvalidRequest(f"is empty; {number} models are served, name one of ListModels", "model")
             known = next(iter(self._models.values()))
         if fingerprint in known:
             return known[fingerprint][1]
@@ -98,10 +99,10 @@ class Models:
     def _weight(self, model: ServedModel) -> int:
         return self._ready.get((model.name, model.info.model_fingerprint), 0)
 
-    def _current(self, known: Mapping[str, tuple[int, ServedModel]]) -> ServedModel:
+    def _current(self, known: _Known) -> ServedModel:
         ready = {f: v for f, v in known.items() if self._weight(v[1])}
         return self._newest(ready or known)
 
     @staticmethod
-    def _newest(known: Mapping[str, tuple[int, ServedModel]]) -> ServedModel:
+    def _newest(known: _Known) -> ServedModel:
         return max(reversed(known.values()), key=lambda v: v[0])[1]  # of equal ones that which came last
