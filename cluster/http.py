@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import socketserver
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
@@ -18,6 +18,15 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from router.health import Verdict
 
 _StartResponse = Callable[[str, list[tuple[str, str]]], object]
+
+
+class HealthView(Protocol):
+    """What a probe asks for; read from any thread."""
+
+    verdicts: dict[str, Verdict]
+
+    @property
+    def serving(self) -> bool: ...
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
@@ -32,11 +41,9 @@ class _Quiet(WSGIRequestHandler):
 class HttpServer:
     """Listens from construction until `close`, on threads of its own. Raises OSError where it cannot."""
 
-    def __init__(
-        self, host: str, port: int, registry: CollectorRegistry, verdicts: Callable[[], Mapping[str, Verdict]]
-    ) -> None:
+    def __init__(self, host: str, port: int, registry: CollectorRegistry, health: HealthView) -> None:
         self._metrics = make_wsgi_app(registry)
-        self._verdicts = verdicts
+        self._health = health
         self._server = make_server(host, port, self._answer, _Server, _Quiet)
         self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
         self._thread.start()
@@ -56,8 +63,8 @@ class HttpServer:
         return [b"there are /metrics, /livez and /readyz\n"]
 
     def _probe(self, path: str, start: _StartResponse) -> Iterable[bytes]:
-        verdicts = self._verdicts()
-        well = path == "/livez" or any(v.serving for v in verdicts.values())
+        verdicts = self._health.verdicts
+        well = path == "/livez" or self._health.serving
         models = {name: {"serving": v.serving, "troubles": list(v.troubles)} for name, v in verdicts.items()}
         start("200 OK" if well else "503 Service Unavailable", [("Content-Type", "application/json")])
         return [json.dumps({"ok": well, "models": models}).encode() + b"\n"]

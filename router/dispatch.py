@@ -10,10 +10,10 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from router.channels import Attempt, ChannelPool, Link
@@ -51,19 +51,35 @@ class Batch:
 
 @dataclass(frozen=True)
 class Patience:
-    """Seconds: `first` for a replica of a new stream, `again` for one to go on at, `retry` between tries, longer after
-    several; and how many tokens may wait for a slow client before its stream is parked, all its sequences together."""
+    """Seconds: `first` for a replica of a new stream, `again` for one to go on at, `retry` between the first tries and
+    `most_retry` between later ones; and how many tokens may wait for a slow client before its stream is parked, all its
+    sequences together."""
 
     first: float = 2.0
     again: float = 300.0
     retry: float = 0.1
+    most_retry: float = 0.5
     buffered_tokens: int = 4096
 
 
-class Dispatcher:
-    """Opens streams. One per gateway, used from its event loop."""
+class Superseded(Unavailable):
+    """The version of the model that a request was checked for has no replica any more, and another one has. Nothing of
+    its answer was made: it can be checked for that one."""
 
-    def __init__(self, router: RouterPort, pool: ChannelPool, clock: Clock, patience: Patience | None = None) -> None:
+
+class Dispatcher:
+    """Opens streams. One per gateway, used from its event loop. `superseded` says of a model and a fingerprint whether
+    only other versions have replicas."""
+
+    def __init__(
+        self,
+        router: RouterPort,
+        pool: ChannelPool,
+        clock: Clock,
+        patience: Patience | None = None,
+        superseded: Callable[[str, str], bool] = lambda _model, _fingerprint: False,
+    ) -> None:
+        self.superseded = superseded
         self.router = router
         self.pool = pool
         self.clock = clock
@@ -82,6 +98,12 @@ class Dispatcher:
         stream = Stream(self, request, deadline, range(request.n) if indexes is None else indexes)
         self.streams.add(stream)
         return stream
+
+    async def want(self, model: str, request: str) -> None:
+        """Lets the router know that somebody waits for the first replica of a model."""
+        with suppress(ConnectionError, Unavailable, ModelNotFound, Overloaded):
+            query = Query(model, 0, request=f"{self.pool.gateway}/{request}")
+            self.release((await self.router.assign(query)).lease)
 
     def release(self, lease: int) -> None:
         """Gives an assignment back, soon."""
@@ -251,20 +273,24 @@ class Stream:
     async def _place(self, waiting: list[_Sequence]) -> None:
         """Finds a replica for these sequences together, and starts each there after the tokens that we have."""
         owner = self._owner
-        give_up = owner.clock.now() + (owner.patience.again if self._placed else owner.patience.first)
-        for tries in itertools.count(1):
+        patience, request = owner.patience, self._request
+        give_up, pause = owner.clock.now() + (patience.again if self._placed else patience.first), patience.retry
+        while True:
             try:
                 await self._try_place(waiting)
                 return
             except (Unavailable, Overloaded, ModelNotFound, ConnectionError) as error:
                 if isinstance(error, Overloaded) and not self._placed:
                     raise
+                if self._pinned is None and owner.superseded(request.model, request.fingerprint):
+                    raise Superseded(f"{request.model!r} is being upgraded; try again shortly") from error
                 if owner.clock.now() >= give_up:
                     why = "none can be reached" if isinstance(error, ConnectionError) else error
                     raise Unavailable(f"no replica can take this stream: {why}; try again shortly") from error
                 if not isinstance(error, ConnectionError):
                     self._excluded.clear()  # nobody else is there: a replica that was silent may be back
-            await sleep(owner.clock, owner.patience.retry * min(tries, 5))
+            await sleep(owner.clock, pause)
+            pause = min(1.25 * pause, max(patience.retry, patience.most_retry))
 
     async def _try_place(self, waiting: list[_Sequence]) -> None:
         owner, request, pinned = self._owner, self._request, self._pinned
@@ -272,11 +298,12 @@ class Stream:
             request.model,
             len(request.prompt) + sum(len(s.tokens) for s in waiting),
             tuple(self._excluded),
-            *(pinned if pinned is not None else ("", "")),
+            *(pinned if pinned is not None else (request.fingerprint, "")),
             keys=await self._keys(waiting),
             sequences=len(waiting),
             priority=request.priority,
             together=self._suspicion.together,
+            request=f"{owner.pool.gateway}/{request.request_id}",
         )
         to = await owner.router.assign(query)
         try:
@@ -284,6 +311,8 @@ class Stream:
             same = (link.info.model_fingerprint, link.info.numerics_id)
             if pinned is not None and same != pinned:
                 raise ConnectionError(f"replica {to.replica} has other weights or arithmetic than was promised")
+            if pinned is None and request.fingerprint not in ("", same[0]):
+                raise ConnectionError(f"replica {to.replica} has another version of the model than was asked for")
             self._start(waiting, link, to)
         except BaseException as error:
             owner.release(to.lease)
@@ -298,6 +327,7 @@ class Stream:
         there is no choice or no use of them."""
         request = self._request
         infos = [link.info for link in self._owner.pool.alive() if link.info.model == request.model]
+        infos = [i for i in infos if request.fingerprint in ("", i.model_fingerprint)]
         infos = [i for i in infos if self._pinned in (None, (i.model_fingerprint, i.numerics_id))]
         if len(infos) < 2 or request.bypass_prefix_cache or self._wants_prompt:
             return b""

@@ -60,19 +60,22 @@ class Health(health.aio.HealthServicer):
         self._service = service
         self._gauge = gauge
         self.verdicts: dict[str, Verdict] = {}
+        self._can_start = False
 
     @property
     def serving(self) -> bool:
-        """Whether a token of any model can be had."""
-        return any(v.serving for v in self.verdicts.values())
+        """Whether a token of any model can be had, if need be after a replica has started."""
+        return self._can_start or any(v.serving for v in self.verdicts.values())
 
     @property
     def troubles(self) -> list[str]:
         """All that is wrong."""
         return [t for v in self.verdicts.values() for t in v.troubles]
 
-    async def put(self, verdicts: Mapping[str, Verdict]) -> None:
-        """Takes what is true now of every model, and tells those who watch, the log and the gauge."""
+    async def put(self, verdicts: Mapping[str, Verdict], can_start: bool = False) -> None:
+        """Takes what is true now of every model, and tells those who watch, the log and the gauge. `can_start`: some
+        model has its replicas only while they are asked for."""
+        self._can_start = can_start
         changed = {name: v for name, v in verdicts.items() if v.serving != self._was(name)}
         worse = {n: v for n, v in verdicts.items() if v.troubles and not self._had_troubles(n)}
         self.verdicts = dict(verdicts)
@@ -110,6 +113,7 @@ class Health(health.aio.HealthServicer):
 
     async def end(self) -> None:
         """The gateway takes nothing new."""
+        self._can_start = False
         self.verdicts = {name: Verdict(False, ("the gateway is stopping",)) for name in self.verdicts}
         for service in ("", self._service, *(f"{self._service}/{name}" for name in self.verdicts)):
             await self.set(service, _status(False))

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from router.admission import Limits, admit
+from router.demand import DemandMeter, ModelDemand
 from router.index import IndexStats, PrefixIndex
 from router.ledger import Lease, Ledger
 from router.policy import PREFILL_RATE, Class, Fleet, Mask, Reason, Reuse, choose, outlook, reason
@@ -32,7 +33,8 @@ class Query(msgspec.Struct, frozen=True):
     `exclude` are lives (replica, epoch) that just failed this request. Where `fingerprint` and `numerics_id` are set,
     only replicas with both will do (a stream that goes on). `keys` name the prompt's full blocks, first one first:
     `workers.cache.events.hints`. `sequences` go there together, and share the prompt. `together`: how many suspects may
-    be at one replica, this request included; 0: it is none (`router.suspects`).
+    be at one replica, this request included; 0: it is none (`router.suspects`). `request` names who asks, so that one
+    that asks again and again while there is no replica counts once.
     """
 
     model: str
@@ -44,6 +46,7 @@ class Query(msgspec.Struct, frozen=True):
     sequences: int = 1
     priority: int = 0
     together: int = 0
+    request: str = ""
 
 
 class Assignment(msgspec.Struct, frozen=True):
@@ -162,6 +165,7 @@ class Router:
         self._decisions: Counter[str] = Counter(dict.fromkeys(Reason, 0))
         self._reused: Counter[str] = Counter(device=0, host=0, store=0)
         self._refused = 0
+        self._asked = DemandMeter()
 
     # What replicas say.
 
@@ -244,11 +248,14 @@ class Router:
         now, rank, fleet = self._clock.now(), Class.of(query.priority), self._fleet
         self._expire(now)
         ready = fleet.ready_until >= now
-        fitting = self._fitting(query, ready)
         try:
-            allowed = admit(fleet, fitting, ready, self._limits, rank, now)
+            allowed = admit(fleet, self._fitting(query, ready), ready, self._limits, rank, now)
         except Overloaded:
             self._refused += 1
+            self._asked.refused(query.model, now)
+            raise
+        except (ModelNotFound, Unavailable):
+            self._asked.unserved(query.model, query.request, now)
             raise
         if query.together:
             allowed &= self._probation.room(len(fleet), query.together)
@@ -298,6 +305,13 @@ class Router:
             dict(self._decisions), self._refused, dict(self._reused), len(self._leases), self._index.stats(),
             len(self._probation),
         )  # fmt: skip
+
+    def demand(self) -> dict[str, ModelDemand]:
+        """What is asked of each model that has a replica, or was asked for."""
+        now = self._clock.now()
+        self._expire(now)
+        entries = [e for e in self._replicas.values() if self._state(e) is State.READY]
+        return self._asked.demand(self._fleet, [(e.slot, e.info, e.stats) for e in entries], now)
 
     @property
     def leases(self) -> int:
@@ -373,6 +387,7 @@ class Router:
     def _grant(self, slot: int, query: Query, rank: Class, work: float, now: float) -> Assignment:
         name, number = self._names[slot], next(self._numbers)
         entry, fleet = self._replicas[name], self._fleet
+        self._asked.granted(query.model, query.request, work, now)
         saved = max(query.prompt_tokens * fleet.pace_of(slot) - work, 0.0)
         lease = Lease(slot, query.prompt_tokens, work, saved, rank, query.sequences, now)
         self._leases[number] = entry.ledger.open[number] = lease

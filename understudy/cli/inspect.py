@@ -56,11 +56,8 @@ def status(
     typer.echo(f"understudy {found.version}, up for {found.uptime_s:,.0f} s")
     common.table(
         "models",
-        ("model", "ready", "wanted", "fingerprint", "numerics"),
-        [
-            (m.name, str(m.replicas_ready), str(m.replicas_wanted), m.model_fingerprint[:12], m.numerics_id)
-            for m in found.models
-        ],
+        ("model", "ready", "wanted", "between", "because", "fingerprint", "numerics"),
+        [_model(m) for m in found.models],
     )
     common.table(
         "replicas",
@@ -75,6 +72,20 @@ def status(
         "processes",
         ("role", "pid", "node", "replica", "rank"),
         [(p.role, str(p.pid), p.node, p.replica, str(p.rank) if p.role == "shard" else "") for p in found.processes],
+    )
+
+
+def _model(model: admin_pb2.ModelStatus) -> tuple[str, ...]:
+    least, most, scaling = model.replicas_least, model.replicas_most, model.scaling
+    because = f"{scaling.detail or scaling.reason.replace('_', ' ')}, {scaling.age_s:,.0f} s ago"
+    return (
+        model.name,
+        str(model.replicas_ready),
+        str(model.replicas_wanted),
+        f"{least} and {most}" if least != most else "-",
+        because if model.HasField("scaling") else "-",
+        model.model_fingerprint[:12] + (f" and {model.versions - 1} more" if model.versions > 1 else ""),
+        model.numerics_id,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import dataclass
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -84,9 +85,15 @@ def test_nothing_known_is_said_too() -> None:
     assert judge("m", [], [], {"m-0": "weights: no such file"}) == Verdict(False, ("m-0: weights: no such file",))
 
 
+@dataclass
+class View:
+    verdicts: dict[str, Verdict]
+    serving: bool
+
+
 def test_probes_over_http() -> None:
-    verdicts = {"a": Verdict(True), "b": Verdict(False, ("b-0: silent for 3.0 s",))}
-    server = HttpServer("127.0.0.1", 0, CollectorRegistry(), lambda: verdicts)
+    view = View({"a": Verdict(True), "b": Verdict(False, ("b-0: silent for 3.0 s",))}, True)
+    server = HttpServer("127.0.0.1", 0, CollectorRegistry(), view)
 
     def get(path: str) -> tuple[int, object]:
         try:
@@ -102,7 +109,7 @@ def test_probes_over_http() -> None:
             200,
             {"serving": False, "troubles": ["b-0: silent for 3.0 s"]},
         )
-        verdicts = {"b": verdicts["b"]}
+        view.verdicts, view.serving = {"b": view.verdicts["b"]}, False
         assert get("/readyz")[0] == 503
         assert get("/livez")[0] == 200
         assert get("/metrics")[0] == 200
