@@ -37,7 +37,7 @@ class RaySchemas:
     def __init__(self, crds: Path) -> None:
         self._validators: dict[tuple[str, str], jsonschema.Draft7Validator] = {}
         for file in sorted(crds.glob("*.yaml")):
-            crd = yaml.safe_load(file.read_text())
+            crd = yaml.load(file.read_text(), yaml.CSafeLoader)
             for version in crd["spec"]["versions"]:
                 schema = _strict(version["schema"]["openAPIV3Schema"])
                 key = (f"{crd['spec']['group']}/{version['name']}", crd["spec"]["names"]["kind"])
