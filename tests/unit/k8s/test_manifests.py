@@ -66,6 +66,18 @@ def test_a_field_that_kuberay_does_not_know_is_refused(render: Any, ray_schemas:
     assert any("serveConfig" in error for error in ray_schemas.errors(wrong))
 
 
+def test_kuberays_other_rules_are_kept(manifests: list[Manifest]) -> None:
+    """Those that its operator checks and its CRD does not say."""
+    cluster = one(manifests, "RayService")["spec"]["rayClusterConfig"]
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        # What stands in `resources` and `labels` of a group may not stand in its parameters.
+        assert not {"num-cpus", "num-gpus", "memory", "resources", "labels"} & set(group["rayStartParams"])
+        assert "restartPolicy" not in group["template"]["spec"], "the autoscaler replaces pods itself"
+    for group in cluster["workerGroupSpecs"]:
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    assert ("autoscalerOptions" in cluster) == cluster.get("enableInTreeAutoscaling", False)
+
+
 def test_what_a_pod_mounts_or_reads_is_there(manifests: list[Manifest]) -> None:
     held = {(m["kind"], m["metadata"]["name"]): set(m.get("data", {})) for m in manifests}
     for name, template in pods(manifests):
