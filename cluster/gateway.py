@@ -14,7 +14,7 @@ from cluster.directory import Directory, find
 from cluster.http import HttpServer
 from cluster.logs import configure
 from cluster.metrics import ReplicaMetrics
-from cluster.plan import GATEWAY_CPUS, GatewayPlan, node_address, serve_logging, unpack
+from cluster.plan import GATEWAY_CPUS, GATEWAY_PLACE, GatewayPlan, node_address, serve_logging, unpack
 from cluster.roster import Member, ProcessInfo
 from cluster.wire import GrpcReplicaChannel
 from router.admin import AdminServer
@@ -235,8 +235,8 @@ class GatewayApp:
         first = self._plan.config.metrics_port
         for port in range(first, min(first + max(4, self._plan.config.gateways), 1 << 16)):
             with contextlib.suppress(OSError):
-                registry = self._gateway.metrics.registry
-                self._http = HttpServer(_ADMIN_HOST, port, registry, self._gateway.health)
+                host, registry = self._plan.config.metrics_host, self._gateway.metrics.registry
+                self._http = HttpServer(host, port, registry, self._gateway.health)
                 log.info("metrics and probes on port %d", port)
                 return
 
@@ -284,7 +284,7 @@ def deployment(plan: GatewayPlan, replicas: list[Any]) -> Any:
         GatewayDeployment,
         name="gateway",
         num_replicas=plan.config.gateways,
-        ray_actor_options={"num_cpus": GATEWAY_CPUS},
+        ray_actor_options={"num_cpus": GATEWAY_CPUS, "resources": GATEWAY_PLACE if plan.config.place_by_role else {}},
         health_check_period_s=1.0,
         health_check_timeout_s=30.0,
         graceful_shutdown_timeout_s=plan.config.drain_seconds + 10.0,

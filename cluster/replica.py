@@ -17,8 +17,8 @@ from cluster.directory import find
 from cluster.expert_actors import call_actor, open_hosts
 from cluster.group import RankGroup, Ranks
 from cluster.logs import configure
-from cluster.places import RankPlace
-from cluster.plan import LEASE_S, SUPERVISOR_CPUS, ReplicaPlan, node_address, serve_logging
+from cluster.places import RankPlace, beside_me
+from cluster.plan import LEASE_S, REPLICA_PLACE, SUPERVISOR_CPUS, ReplicaPlan, node_address, serve_logging
 from cluster.roster import Claim
 from cluster.supervisor import Supervisor
 from cluster.wire import LeaderServer
@@ -176,7 +176,8 @@ class Replica:
         engine = self._plan.engine
         if self._experts is not None:
             engine = msgspec.structs.replace(engine, experts=self._experts.plan)
-        leader = self._group(engine, claim) if engine.tensor_parallel > 1 else self._leader(engine, claim)
+        here = beside_me() if self._plan.by_role else {}
+        leader = self._group(engine, claim) if engine.tensor_parallel > 1 else self._leader(engine, claim, **here)
         if self._experts is not None:
             self._experts.attach(leader, self._supervisor.experts)
         return leader
@@ -229,7 +230,7 @@ def deployment(plan: ReplicaPlan, present: int | None = None) -> Any:
     made: Any = serve.deployment(
         Replica,
         name="replica-" + re.sub(r"[^\w.-]", "-", plan.model),  # becomes part of file names
-        ray_actor_options={"num_cpus": SUPERVISOR_CPUS},
+        ray_actor_options={"num_cpus": SUPERVISOR_CPUS, "resources": REPLICA_PLACE if plan.by_role else {}},
         health_check_period_s=0.5,
         health_check_timeout_s=30.0,
         graceful_shutdown_timeout_s=plan.drain_s + 15.0,
