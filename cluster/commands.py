@@ -178,8 +178,8 @@ def plan(
 ) -> None:
     """Compute from a checkpoint what serving it needs: GPUs, memory, pods, and the flags of `serve`."""
     from cluster import sizing_report
-    from cluster.config import parse_size
     from cluster.sizing import BYTES, Wish, plan_sizes, stored_parameters
+    from cluster.written import parse_size
     from understudy.cli.common import as_json
     from understudy.errors import ConfigError
     from workers.model.config import read_spec

@@ -22,6 +22,7 @@ from router.channels import Timing
 from router.dispatch import Patience
 from router.gateway import Gateway
 from router.models import ServedModel
+from router.rebalance import ExpertsView
 from router.server import GatewayConfig, address
 from router.state import ReplicaView
 from router.validate import validate
@@ -122,7 +123,8 @@ class GatewayApp:
         try:
             views, known = await self._directory.replicas(), await self._directory.exchange(self._catalog)
             await self._learn(views, known)
-            self._hear_last_words(await self._directory.members())
+            experts = await self._directory.expert_views()
+            self._gateway.told = last_words(await self._directory.members(), experts)
             await self._prove()
             await self._directory.announce(self._member(), None, self._node)
             figures = await self._directory.figures() if self._admin is not None else None
@@ -135,18 +137,7 @@ class GatewayApp:
             await self._serve_admin()
         else:
             shown = self._replica_metrics
-            shown.views, shown.figures, shown.known = views, figures, known
-            with contextlib.suppress(ConnectionError):
-                shown.experts = await self._directory.expert_views()
-
-    def _hear_last_words(self, members: list[Member]) -> None:
-        """Why replicas are gone: they say so in the roster, for a while."""
-        told: dict[str, dict[str, str]] = {}
-        for member in members:
-            if member.role == "replica" and member.stage == "failed" and member.error:
-                name = member.claim.replica if member.claim is not None else member.model
-                told.setdefault(member.model, {})[name] = member.error
-        self._gateway.told = told
+            shown.views, shown.figures, shown.known, shown.experts = views, figures, known, experts
 
     async def _learn(self, views: list[ReplicaView], known: Known) -> None:
         """Which models there are, and the versions that their replicas have."""
@@ -249,6 +240,20 @@ class GatewayApp:
             return  # another gateway on this node has it
         self._admin = server
         self._gateway.metrics.registry.register(self._replica_metrics)
+
+
+def last_words(members: list[Member], experts: list[ExpertsView]) -> dict[str, dict[str, str]]:
+    """By model, what replicas that are gone have said in the roster, and which expert hosts are not there."""
+    told: dict[str, dict[str, str]] = {}
+    for member in members:
+        if member.role == "replica" and member.stage == "failed" and member.error:
+            name = member.claim.replica if member.claim is not None else member.model
+            told.setdefault(member.model, {})[name] = member.error
+    for view in experts:
+        for host in view.hosts:
+            if host.state not in ("ready", "leaving"):
+                told.setdefault(view.model, {})[f"{view.replica}, expert host {host.name}"] = host.state
+    return told
 
 
 class GatewayDeployment:

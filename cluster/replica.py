@@ -256,6 +256,6 @@ def _number(plan: ReplicaPlan, present: int | None) -> dict[str, Any]:
         upscale_delay_s=0.0,
         downscale_delay_s=0.0,
         downscale_to_zero_delay_s=0.0,
-        policy=AutoscalingPolicy(policy_function="cluster.policy:ReplicaPolicy", policy_kwargs=kwargs),
+        policy=AutoscalingPolicy(policy_function="cluster.policy:ReplicaPolicy", policy_kwargs=kwargs),  # type: ignore[no-untyped-call]
     )
     return {"autoscaling_config": scaling}
