@@ -98,6 +98,9 @@ def serve(
     ray_address: Annotated[
         str | None, _option("Join a running Ray cluster (a local one of our own).", _CLUSTER, metavar="ADDRESS")
     ] = None,
+    otlp_endpoint: Annotated[
+        str | None, _option("Where spans go by OTLP over gRPC, such as http://127.0.0.1:4317 (nowhere).", _CLUSTER)
+    ] = None,
     config: Annotated[
         Path | None, _option("The same keys in YAML, and `models:` with a section each.", _CLUSTER, metavar="FILE")
     ] = None,

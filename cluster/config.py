@@ -16,6 +16,7 @@ import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -63,6 +64,17 @@ def _device(value: str) -> str:
 def _redis_url(value: str) -> str:
     if value != "none":
         check_url(value)
+    return value
+
+
+def _otlp_endpoint(value: str) -> str:
+    try:
+        url = urlsplit(value)
+        good = url.scheme in ("http", "https") and bool(url.hostname) and url.port is not None
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError("is not an OTLP gRPC endpoint; write http://HOST:4317, or https:// for TLS")
     return value
 
 
@@ -145,6 +157,7 @@ class ServiceConfig(BaseModel):
     redis_bytes: Size | None = None
     store_key: FilePath | None = None
     ray_address: str | None = None
+    otlp_endpoint: Annotated[str, AfterValidator(_otlp_endpoint)] | None = None
     verbose: bool = False
     # Not for users: which engine answers. "fake" makes tokens without computing, to measure everything around it.
     engine: Literal["real", "fake"] = "real"

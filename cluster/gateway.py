@@ -16,6 +16,7 @@ from cluster.logs import configure
 from cluster.metrics import ReplicaMetrics
 from cluster.plan import GATEWAY_CPUS, GatewayPlan, node_address, serve_logging, unpack
 from cluster.roster import Member, ProcessInfo
+from cluster.telemetry import open_tracer
 from cluster.wire import GrpcReplicaChannel
 from router.admin import AdminServer
 from router.channels import Timing
@@ -49,6 +50,7 @@ class GatewayApp:
         self._directory = directory
         self._holder = holder
         self._node = node
+        self._tracer = open_tracer(config.otlp_endpoint, "gateway", node, holder)
         self._gateway = Gateway(
             GatewayConfig(
                 host=config.host,
@@ -66,6 +68,7 @@ class GatewayApp:
             self._connect,
             timing=Timing(heartbeat_timeout=config.heartbeat_timeout),
             name=holder,
+            tracer=self._tracer,
         )
         self._status = ClusterStatus(directory, plan.wanted, plan.started)
         self._replica_metrics = ReplicaMetrics()
@@ -89,6 +92,8 @@ class GatewayApp:
             self._tending.cancel()
             await asyncio.gather(self._tending, return_exceptions=True)
         await self._gateway.stop(grace_s)
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
         if self._admin is not None:
             await self._admin.stop()
         if self._metrics_server is not None:

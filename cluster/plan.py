@@ -42,6 +42,7 @@ class ReplicaPlan:
     namespace: str = NAMESPACE
     expert_hosts: int = 0
     host_threads: int | None = None  # of each of them
+    otlp_endpoint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ def _replica_plan(
         loopback=local,
         fake=config.engine == "fake",
         logs=logs,
+        otlp_endpoint=config.otlp_endpoint,
         expert_hosts=0 if config.engine == "fake" else model.expert_hosts,
         # On one machine hosts share the CPUs of their replica: they compute while it waits.
         host_threads=max(1, threads // max(1, model.expert_hosts)) if local and threads is not None else model.threads,

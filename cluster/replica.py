@@ -18,6 +18,7 @@ from cluster.places import RankPlace
 from cluster.plan import LEASE_S, SUPERVISOR_CPUS, ReplicaPlan, node_address, serve_logging
 from cluster.roster import Claim
 from cluster.supervisor import Supervisor
+from cluster.telemetry import open_tracer
 from cluster.wire import LeaderServer
 from workers.actors import LeaderReport, Progress, RankReport, build_real_engine, leader_actor, rank_actor
 from workers.engine import Engine, EngineConfig
@@ -46,10 +47,15 @@ def build_fake_engine(config: EngineConfig, progress: Progress) -> Engine:
     )
 
 
-def make_wire(loop: EngineLoop, *, claim: Claim, secret: str, host: str) -> LeaderServer:
+def make_wire(
+    loop: EngineLoop, *, claim: Claim, secret: str, host: str, otlp_endpoint: str | None = None
+) -> LeaderServer:
     """The leader's end of the wires. `host` empty is the address of the node that this runs on."""
     host = host or node_address(False)
-    return LeaderServer(loop, replica=claim.replica, epoch=claim.epoch, secret=secret, host=host, lease_s=LEASE_S)
+    tracer = open_tracer(otlp_endpoint, "replica", host, claim.replica)
+    return LeaderServer(
+        loop, replica=claim.replica, epoch=claim.epoch, secret=secret, host=host, lease_s=LEASE_S, tracer=tracer
+    )
 
 
 class RayLeader:
@@ -149,7 +155,8 @@ class Replica:
         plan = self._plan
         actor = leader_actor(num_cpus=plan.leader_cpus, num_gpus=plan.leader_gpus, **options)
         build = build_fake_engine if plan.fake else build_real_engine
-        wire = partial(make_wire, claim=claim, secret=plan.secret, host="127.0.0.1" if plan.loopback else "")
+        host = "127.0.0.1" if plan.loopback else ""
+        wire = partial(make_wire, claim=claim, secret=plan.secret, host=host, otlp_endpoint=plan.otlp_endpoint)
         return RayLeader(actor.remote(engine, build, wire))
 
     def _group(self, engine: EngineConfig, claim: Claim) -> RankGroup:
