@@ -37,7 +37,7 @@ def open_tracer(endpoint: str | None, role: str, node: str = "", instance: str =
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    about = {
+    about: dict[str, str | int] = {
         "service.name": os.environ.get("OTEL_SERVICE_NAME", SERVICE_NAME),
         "service.version": __version__,
         "service.instance.id": instance or f"{role}-{os.getpid()}",

@@ -91,7 +91,8 @@ class StreamShell(Generic[Wake]):
 
     def _receive(self, response: pb.GenerateResponse | pb.ChatResponse | DecodeError) -> Piece | None:
         """The piece that a response brings, if any. An UnderstudyError is for `_after`."""
-        return self._state.receive(readable(response))
+        message: pb.GenerateResponse | pb.ChatResponse = readable(response)
+        return self._state.receive(message)
 
     def _after(self, error: grpc.RpcError | errors.UnderstudyError | None) -> Again | None:
         """The call ended, or sent what cannot be taken: None where the answer is over, raises where it failed, else
