@@ -136,6 +136,9 @@ def serve(
         bool | None,
         _option("Only on Ray nodes that have the resources of a process's role.", _CLUSTER, "--place-by-role"),
     ] = None,
+    otlp_endpoint: Annotated[
+        str | None, _option("Where spans go by OTLP over gRPC, such as http://127.0.0.1:4317 (nowhere).", _CLUSTER)
+    ] = None,
     config: Annotated[
         Path | None, _option("The same keys in YAML, and `models:` with a section each.", _CLUSTER, metavar="FILE")
     ] = None,

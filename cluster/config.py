@@ -16,6 +16,7 @@ import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -42,6 +43,17 @@ def _device(value: str) -> str:
 def _redis_url(value: str) -> str:
     if value != "none":
         check_url(value)
+    return value
+
+
+def _otlp_endpoint(value: str) -> str:
+    try:
+        url = urlsplit(value)
+        good = url.scheme in ("http", "https") and bool(url.hostname) and url.port is not None
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError("is not an OTLP gRPC endpoint; write http://HOST:4317, or https:// for TLS")
     return value
 
 
@@ -133,6 +145,7 @@ class ServiceConfig(BaseModel):
     wire_key: FilePath | None = None
     ray_address: str | None = None
     place_by_role: bool = False
+    otlp_endpoint: Annotated[str, AfterValidator(_otlp_endpoint)] | None = None
     verbose: bool = False
     # Not for users: which engine answers. "fake" makes tokens without computing, to measure everything around it.
     engine: Literal["real", "fake"] = "real"

@@ -16,6 +16,7 @@ from cluster.logs import configure
 from cluster.metrics import ReplicaMetrics
 from cluster.plan import GATEWAY_CPUS, GATEWAY_PLACE, GatewayPlan, node_address, serve_logging, unpack
 from cluster.roster import Member, ProcessInfo
+from cluster.telemetry import open_tracer
 from cluster.wire import GrpcReplicaChannel
 from router.admin import AdminServer
 from router.channels import Timing
@@ -52,6 +53,7 @@ class GatewayApp:
         self._directory = directory
         self._holder = holder
         self._node = node
+        self._tracer = open_tracer(config.otlp_endpoint, "gateway", node, holder)
         self._gateway = Gateway(
             GatewayConfig(
                 host=config.host,
@@ -73,6 +75,7 @@ class GatewayApp:
                 again=max(Patience.again, config.cold_start_seconds),
             ),
             name=holder,
+            tracer=self._tracer,
         )
         self._catalog = plan.catalog
         self._versions: dict[tuple[str, str], int] = {}  # model and fingerprint -> generation of its texts
@@ -98,6 +101,8 @@ class GatewayApp:
             self._tending.cancel()
             await asyncio.gather(self._tending, return_exceptions=True)
         await self._gateway.stop(grace_s)
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
         if self._admin is not None:
             await self._admin.stop()
         if self._http is not None:

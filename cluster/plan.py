@@ -64,6 +64,7 @@ class ReplicaPlan:
     upgrade: bool = False
     fake_rows: float | None = None
     by_role: bool = False
+    otlp_endpoint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,7 @@ def _replica_plan(
         loopback=local,
         fake=config.engine == "fake",
         logs=logs,
+        otlp_endpoint=config.otlp_endpoint,
         expert_hosts=0 if config.engine == "fake" else model.expert_hosts,
         by_role=config.place_by_role,
         # On one machine hosts share the CPUs of their replica: they compute while it waits.

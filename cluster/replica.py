@@ -21,6 +21,7 @@ from cluster.places import RankPlace, beside_me
 from cluster.plan import LEASE_S, REPLICA_PLACE, SUPERVISOR_CPUS, ReplicaPlan, node_address, serve_logging
 from cluster.roster import Claim
 from cluster.supervisor import Supervisor
+from cluster.telemetry import open_tracer
 from cluster.wire import LeaderServer
 from understudy.errors import FROM_KIND, InternalError
 from workers.actors import LeaderReport, Progress, RankReport, build_real_engine, leader_actor, rank_actor
@@ -58,10 +59,15 @@ def build_fake_engine(config: EngineConfig, progress: Progress, rows: float | No
     )
 
 
-def make_wire(loop: EngineLoop, *, claim: Claim, secret: str, host: str) -> LeaderServer:
+def make_wire(
+    loop: EngineLoop, *, claim: Claim, secret: str, host: str, otlp_endpoint: str | None = None
+) -> LeaderServer:
     """The leader's end of the wires. `host` empty is the address of the node that this runs on."""
     host = host or node_address(False)
-    return LeaderServer(loop, replica=claim.replica, epoch=claim.epoch, secret=secret, host=host, lease_s=LEASE_S)
+    tracer = open_tracer(otlp_endpoint, "replica", host, claim.replica)
+    return LeaderServer(
+        loop, replica=claim.replica, epoch=claim.epoch, secret=secret, host=host, lease_s=LEASE_S, tracer=tracer
+    )
 
 
 class RayLeader:
@@ -186,9 +192,10 @@ class Replica:
         plan = self._plan
         actor = leader_actor(num_cpus=plan.leader_cpus, num_gpus=plan.leader_gpus, **options)
         build = partial(build_fake_engine, rows=plan.fake_rows) if plan.fake else build_real_engine
-        wire = partial(make_wire, claim=claim, secret=plan.secret, host="127.0.0.1" if plan.loopback else "")
-        actor_made = actor.remote(engine, build, wire, step_timeout_s=plan.step_timeout, ordered=time.time())
-        return RayLeader(actor_made)
+        host = "127.0.0.1" if plan.loopback else ""
+        wire = partial(make_wire, claim=claim, secret=plan.secret, host=host, otlp_endpoint=plan.otlp_endpoint)
+        made = actor.remote(engine, build, wire, step_timeout_s=plan.step_timeout, ordered=time.time())
+        return RayLeader(made)
 
     def _group(self, engine: EngineConfig, claim: Claim) -> RankGroup:
         plan, place = self._plan, RankPlace(self._plan)

@@ -21,6 +21,7 @@ from router.clock import Clock, sleep
 from router.local import LOCAL_LEASE
 from router.state import Assignment, Query, RouterPort
 from router.suspects import CLEARING_TOKENS, Suspicion
+from router.tracing import StreamTrace
 from router.validate import ValidRequest
 from understudy.errors import DeadlineExceeded, InternalError, InvalidRequest, ModelNotFound, Overloaded, Unavailable
 from workers.cache.events import hints
@@ -91,11 +92,15 @@ class Dispatcher:
         self._releasing: asyncio.Task[None] | None = None
 
     def open(
-        self, request: ValidRequest, deadline: float | None = None, indexes: Iterable[int] | None = None
+        self,
+        request: ValidRequest,
+        deadline: float | None = None,
+        indexes: Iterable[int] | None = None,
+        trace: StreamTrace | None = None,
     ) -> Stream:
         """A stream of the tokens after `request.received`, of all sequences or those of `indexes`. `deadline` is a
         moment of the clock. Close the stream."""
-        stream = Stream(self, request, deadline, range(request.n) if indexes is None else indexes)
+        stream = Stream(self, request, deadline, range(request.n) if indexes is None else indexes, trace)
         self.streams.add(stream)
         return stream
 
@@ -170,9 +175,15 @@ class Stream:
     """
 
     def __init__(
-        self, owner: Dispatcher, request: ValidRequest, deadline: float | None, indexes: Iterable[int]
+        self,
+        owner: Dispatcher,
+        request: ValidRequest,
+        deadline: float | None,
+        indexes: Iterable[int],
+        trace: StreamTrace | None = None,
     ) -> None:
         self._owner = owner
+        self._trace = trace
         self._request = request
         self._id = owner.pool.attempt_id(request.request_id)
         self.info: EngineInfo | None = None  # of the first replica; those that follow have its weights and arithmetic
@@ -227,6 +238,8 @@ class Stream:
             self.finish(index)
         if self._timer is not None:
             self._timer.cancel()
+        if self._trace is not None:
+            self._trace.close()
         self._owner.streams.discard(self)
 
     def abandon(self) -> None:
@@ -305,7 +318,7 @@ class Stream:
             together=self._suspicion.together,
             request=f"{owner.pool.gateway}/{request.request_id}",
         )
-        to = await owner.router.assign(query)
+        to = await self._assign(query)
         try:
             link = await owner.pool.get(to)
             same = (link.info.model_fingerprint, link.info.numerics_id)
@@ -321,6 +334,14 @@ class Stream:
             raise
         self._placed, self._pinned = True, same
         self.info = link.info if self.info is None else self.info
+
+    async def _assign(self, query: Query) -> Assignment:
+        if self._trace is None:
+            return await self._owner.router.assign(query)
+        with self._trace.route(len(self._request.prompt), len(query.exclude)) as answer:
+            to = await self._owner.router.assign(query)
+            answer(to)
+        return to
 
     async def _keys(self, waiting: list[_Sequence]) -> bytes:
         """What the blocks of the prompt, and of a single answer that goes on, are called at the replicas; nothing where
@@ -353,9 +374,11 @@ class Stream:
                 continue
             attempt = Attempt(owner.pool.attempt_id(self._request.request_id), self._wake, self._buffered, self._id)
             prompt = self._wants_prompt and place.sequences == 0
+            tokens, context = list(sequence.tokens), ""
+            if self._trace is not None:
+                context = self._trace.sent(attempt.id, sequence.index, len(tokens), to)
             link.open(
-                self._request.to_engine(attempt.id, sequence.index, list(sequence.tokens), self._family, prompt),
-                attempt,
+                self._request.to_engine(attempt.id, sequence.index, tokens, self._family, prompt, context), attempt
             )
             sequence.attempt, sequence.place, sequence.begun = attempt, place, len(sequence.tokens)
             place.sequences += 1
@@ -368,6 +391,8 @@ class Stream:
         sequence.attempt = sequence.place = None
         if attempt is None or place is None:
             return
+        if self._trace is not None:
+            self._trace.left(attempt.id)
         place.link.close_attempt(attempt)
         place.sequences -= 1
         if not place.sequences:
@@ -380,6 +405,8 @@ class Stream:
             "request %s leaves replica %s after %d tokens of sequence %d: %s",
             request_id, place.to.replica, len(sequence.tokens), sequence.index, attempt.lost,
         )  # fmt: skip
+        if self._trace is not None:
+            self._trace.lost(attempt.id, place.to.replica, attempt.lost or "")
         life = (place.to.replica, place.to.epoch)
         first = life not in self._excluded  # once for all the sequences that it held
         if first and attempt.crowd:  # where no router has kept others away, nobody was alone for sure
@@ -440,11 +467,22 @@ class Stream:
         got_on = batch.finish is not None or len(sequence.tokens) - sequence.begun >= CLEARING_TOKENS
         if got_on and place is not None and place.suspected:
             self._clear(place)
+        if self._trace is not None:
+            self._tell_trace(self._trace, attempt, batch)
         if batch.finish is not None:
             self.finish(sequence.index)
         if batch.token_ids or batch.finish is not None or batch.cached_tokens is not None:
             return batch
         return None
+
+    @staticmethod
+    def _tell_trace(trace: StreamTrace, attempt: Attempt, batch: Batch) -> None:
+        cached = None
+        if batch.cached_tokens is not None:
+            cached = (batch.cached_tokens, batch.cached_host, batch.cached_store)
+        trace.came(attempt.id, len(batch.token_ids), cached)
+        if batch.finish is not None:
+            trace.finished(attempt.id, batch.finish)
 
     def _end(self, sequence: _Sequence, output: SequenceOutput, attempt: Attempt) -> FinishReason | None:
         """How the engine's end counts here: a cancellation that we did not ask for is a replica lost, and a failure is

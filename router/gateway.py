@@ -33,6 +33,7 @@ from router.models import ServedModel
 from router.server import GatewayConfig, bind, server_options
 from router.state import Assignment, ReplicaView, RouterPort, State
 from router.stops import StopStrings
+from router.tracing import Tracer, stream_trace
 from router.validate import ValidRequest, valid_request_id, validate
 from router.versions import Models
 from understudy.errors import DeadlineExceeded, Overloaded
@@ -51,9 +52,16 @@ class InferenceService:
     """The methods of `understudy.v1.Inference`."""
 
     def __init__(
-        self, models: Models, dispatcher: Dispatcher, metrics: Metrics, config: GatewayConfig, chats: Chats
+        self,
+        models: Models,
+        dispatcher: Dispatcher,
+        metrics: Metrics,
+        config: GatewayConfig,
+        chats: Chats,
+        tracer: Tracer | None = None,
     ) -> None:
         self._models = models
+        self._tracer = tracer
         self._chats = chats
         self._dispatcher = dispatcher
         self._metrics = metrics
@@ -103,7 +111,8 @@ class InferenceService:
             for message in answer.open():
                 await context.write(message)
             return
-        stream = self._dispatcher.open(valid, deadline, answer.to_make)
+        trace = stream_trace(self._tracer, call.span)
+        stream = self._dispatcher.open(valid, deadline, answer.to_make, trace)
         had = answer.completion_tokens
         self._metrics.active.inc()
         try:
@@ -226,7 +235,7 @@ class Gateway:
     """One gateway: server, wires, health. `start`, then `stop`, from one event loop.
 
     `router` grants replicas, `connect(replica, address)` opens a wire to a leader. Models are told by `models` and
-    later by `put_model`.
+    later by `put_model`. `tracer` makes spans of calls; whoever made it closes it.
     """
 
     def __init__(
@@ -241,7 +250,9 @@ class Gateway:
         patience: Patience | None = None,
         metrics: Metrics | None = None,
         name: str = "",
+        tracer: Tracer | None = None,
     ) -> None:
+        self._tracer = tracer
         self.name = name or f"gateway-{secrets.token_hex(4)}"
         self.metrics = metrics if metrics is not None else Metrics()
         self.models = Models(models)
@@ -268,9 +279,9 @@ class Gateway:
     async def start(self) -> int:
         """Listens; the port. Raises ConfigError where it cannot: port taken, certificate unreadable."""
         tokens = Tokens.read(self._config.tokens) if self._config.tokens is not None else None
-        interceptor = CallInterceptor(self.metrics, tokens, self._config.max_message_bytes)
+        interceptor = CallInterceptor(self.metrics, tokens, self._config.max_message_bytes, self._tracer)
         server: Any = grpc.aio.server(interceptors=[interceptor], options=server_options(self._config))
-        service = InferenceService(self.models, self.dispatcher, self.metrics, self._config, self._chats)
+        service = InferenceService(self.models, self.dispatcher, self.metrics, self._config, self._chats, self._tracer)
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

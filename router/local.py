@@ -16,6 +16,7 @@ from understudy.errors import ModelNotFound, Unavailable
 
 log = logging.getLogger(__name__)
 LOCAL_LEASE = 0  # the router numbers from 1
+ALONE = "alone"  # why a replica was chosen
 
 
 class LocalRouter:
@@ -40,7 +41,7 @@ class LocalRouter:
         stats = [msgspec.structs.replace(k.stats, running=max(k.stats.running, k.attempts)) for k in links.values()]
         infos = [k.info for k in links.values()]
         chosen = names[choose_of_two(stats, infos, query.prompt_tokens, self._rng)]
-        return Assignment(chosen, self.addresses.get(chosen, ""), links[chosen].epoch, LOCAL_LEASE)
+        return Assignment(chosen, self.addresses.get(chosen, ""), links[chosen].epoch, LOCAL_LEASE, ALONE)
 
     @staticmethod
     def _fits(link: Link, query: Query) -> bool:

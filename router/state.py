@@ -50,12 +50,14 @@ class Query(msgspec.Struct, frozen=True):
 
 
 class Assignment(msgspec.Struct, frozen=True):
-    """Which replica takes the request. Its messages count only while its epoch is `epoch`."""
+    """Which replica takes the request. Its messages count only while its epoch is `epoch`. `reason` is a word of
+    `policy.Reason`, or says that the gateway decided alone."""
 
     replica: str
     address: str
     epoch: int
     lease: int
+    reason: str = ""
 
 
 class State(StrEnum):
@@ -266,11 +268,13 @@ class Router:
         reuse = None if match is None else Reuse(match.device * size, match.host * size, match.store * size)
         expected = outlook(fleet, now, query.prompt_tokens, rank, reuse)
         slot = choose(fleet, expected, allowed)
-        self._decisions[reason(slot, allowed, reuse)] += 1
+        why = reason(slot, allowed, reuse)
+        self._decisions[why] += 1
         if reuse is not None:
             for tier in ("device", "host", "store"):
                 self._reused[tier] += int(getattr(reuse, tier)[slot])
-        return self._grant(slot, query, rank, float(expected.work[slot]), now)
+        granted = self._grant(slot, query, rank, float(expected.work[slot]), now)
+        return msgspec.structs.replace(granted, reason=why.value)
 
     def release(self, leases: Sequence[int]) -> None:
         """The streams of these assignments have ended. Unknown ones are ignored."""

@@ -45,6 +45,7 @@ class _Running:
     blocks: list[bytes]
     tokens: list[int]
     reported: bool = False
+    began: float = 0.0  # moment of the first step that computed its prompt
 
 
 def fake_token(key: int, position: int, vocab_size: int) -> int:
@@ -151,7 +152,8 @@ class FakeEngine:
             raise self._failures.pop(0)
         outputs, self._ended = self._ended, []
         self._admit()
-        rows, ready = self._schedule()
+        began = time.perf_counter()
+        rows, ready = self._schedule(began)
         if rows:
             self._stats.steps += 1
             seconds = self._step_s(rows)
@@ -223,13 +225,14 @@ class FakeEngine:
         root = root_key(info.model_fingerprint, info.dtype, info.numerics_id, request.cache_salt)
         return block_keys(root, request.prompt[:-1], BLOCK_TOKENS)
 
-    def _schedule(self) -> tuple[int, list[_Running]]:
+    def _schedule(self, now: float) -> tuple[int, list[_Running]]:
         """Rows of this step, and who gets a token from it: decoding first, then prefills share the rest."""
         decoding = [r for r in self._running.values() if r.left == 0]
         ready, rows = list(decoding), len(decoding)
         budget = self._info.chunk_tokens
         for sequence in self._running.values():
             if sequence.left and budget > 0:
+                sequence.began = sequence.began or now
                 take = min(sequence.left, budget)
                 budget, rows, sequence.left = budget - take, rows + take, sequence.left - take
                 self._stats.computed_prompt_tokens += take
@@ -241,6 +244,8 @@ class FakeEngine:
         request, output = sequence.request, SequenceOutput(sequence.request.id, [])
         if not sequence.reported:
             sequence.reported, output.cached_tokens = True, sequence.cached
+            if request.traceparent and sequence.began:
+                output.computing_us = max(1, int((time.perf_counter() - sequence.began) * 1e6))
             if request.prompt_logprobs is not None:
                 output.prompt_logprobs = [self._logprob(t, request.prompt_logprobs) for t in request.prompt[1:]]
             for key in sequence.blocks:
