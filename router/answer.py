@@ -8,9 +8,9 @@ from functools import cache
 import msgspec
 
 from router.detokenizer import Detokenizer, Piece
-from router.dispatch import Batch
 from router.models import ServedModel
 from router.stops import StopStrings
+from router.stream import Batch
 from router.validate import ValidRequest
 from understudy.v1 import inference_pb2 as pb
 from workers.engine import FinishReason, TokenLogprob, TokenTrace

@@ -24,7 +24,7 @@ from router.channels import ChannelPool, Connect, Timing
 from router.chat.service import Chats, Plan
 from router.chat.service import Context as ChatContext
 from router.clock import Clock, LoopClock, sleep
-from router.dispatch import Batch, Dispatcher, Patience, Stream, Superseded
+from router.dispatch import Dispatcher, Patience
 from router.health import USABLE, Health, judge
 from router.interceptors import CallInterceptor, Tokens, current_call
 from router.local import FallbackRouter, LocalRouter
@@ -33,6 +33,7 @@ from router.models import ServedModel
 from router.server import GatewayConfig, bind, server_options
 from router.state import Assignment, ReplicaView, RouterPort, State
 from router.stops import StopStrings
+from router.stream import Batch, Stream, Superseded
 from router.tracing import Tracer, stream_trace
 from router.validate import ValidRequest, valid_request_id, validate
 from router.versions import Models

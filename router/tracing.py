@@ -123,7 +123,7 @@ class _Attempt:
 
 
 class StreamTrace:
-    """One stream's spans, below that of its call. `router.dispatch` says what happens; see `stream_trace`."""
+    """One stream's spans, below that of its call. `router.stream` says what happens; see `stream_trace`."""
 
     def __init__(self, tracer: Tracer, call: Span) -> None:
         self._tracer = tracer

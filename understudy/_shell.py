@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -91,8 +91,7 @@ class StreamShell(Generic[Wake]):
 
     def _receive(self, response: pb.GenerateResponse | pb.ChatResponse | DecodeError) -> Piece | None:
         """The piece that a response brings, if any. An UnderstudyError is for `_after`."""
-        message: pb.GenerateResponse | pb.ChatResponse = readable(response)
-        return self._state.receive(message)
+        return self._state.receive(cast("pb.GenerateResponse | pb.ChatResponse", readable(response)))
 
     def _after(self, error: grpc.RpcError | errors.UnderstudyError | None) -> Again | None:
         """The call ended, or sent what cannot be taken: None where the answer is over, raises where it failed, else

@@ -13,9 +13,10 @@ from router_stage import EOS, VOCAB, Stage, problem, says, until
 from router.admission import Limits
 from router.answer import Answer
 from router.clock import LoopClock
-from router.dispatch import Batch, Patience
+from router.dispatch import Patience
 from router.models import SamplingDefaults, ServedModel
 from router.state import Query, Router
+from router.stream import Batch
 from router.text import ModelText
 from router.validate import validate
 from understudy.v1 import inference_pb2 as pb
