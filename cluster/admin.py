@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import msgspec
+
+from cluster.catalog import Catalog, Known
 from cluster.directory import Directory
 from cluster.roster import Claim, Member
 from router.admin import experts_message, replica_message, router_message
@@ -12,18 +15,19 @@ from router.state import ReplicaView, State
 from understudy import __version__
 from understudy.errors import ModelNotFound
 from understudy.v1 import admin_pb2 as pb
+from workers.engine import EngineInfo
 
 _STARTING = ("starting", "loading", "warming", "ready")
 
 
 class ClusterStatus:
-    """Keeps `router.admin.StatusSource`. `wanted` are replicas by model; `started` is a moment of `clock`."""
+    """Keeps `router.admin.StatusSource`. `known` is what was last heard of models; `started` is a moment of `clock`."""
 
     def __init__(
-        self, directory: Directory, wanted: Mapping[str, int], started: float, clock: Callable[[], float] = time.time
+        self, directory: Directory, catalog: Catalog, started: float, clock: Callable[[], float] = time.time
     ) -> None:
         self._directory = directory
-        self._wanted = dict(wanted)
+        self.known = Known(catalog)
         self._started = started
         self._clock = clock
 
@@ -31,7 +35,7 @@ class ClusterStatus:
         """A snapshot. Raises ConnectionError when the router cannot be reached."""
         views = await self._directory.replicas()
         members = await self._directory.members()
-        response = describe(views, members, self._wanted)
+        response = describe(views, members, self.known)
         response.experts.extend(experts_message(v) for v in await self._directory.expert_views())
         response.uptime_s = max(0.0, self._clock() - self._started)
         response.router.CopyFrom(router_message(await self._directory.figures()))
@@ -40,12 +44,12 @@ class ClusterStatus:
 
     async def scale_experts(self, model: str, hosts: int) -> str:
         """See `router.admin.StatusSource`."""
-        name = only_model(model, self._wanted)
+        name = only_model(model, self.known.catalog.models)
         await self._directory.scale_experts(name, hosts)
         return name
 
 
-def only_model(model: str, wanted: Mapping[str, int]) -> str:
+def only_model(model: str, wanted: Mapping[str, object]) -> str:
     """The model that is meant. Raises ModelNotFound."""
     if model in wanted:
         return model
@@ -54,30 +58,51 @@ def only_model(model: str, wanted: Mapping[str, int]) -> str:
     raise ModelNotFound(f"{model!r} is not one of {', '.join(wanted)}" if model else f"name one of {', '.join(wanted)}")
 
 
-def describe(
-    views: Sequence[ReplicaView], members: Sequence[Member], wanted: Mapping[str, int]
-) -> pb.GetStatusResponse:
+def describe(views: Sequence[ReplicaView], members: Sequence[Member], known: Known) -> pb.GetStatusResponse:
     """Models, replicas and processes, from what router and roster know."""
     response = pb.GetStatusResponse(version=__version__)
-    for name, count in wanted.items():
-        ready = [v for v in views if v.info.model == name and v.state is State.READY]
-        known = next((v.info for v in views if v.info.model == name), None)
-        response.models.add(
+    for name, bounds in known.catalog.bounds().items():
+        infos = [v.info for v in views if v.info.model == name]
+        ready = [v.info for v in views if v.info.model == name and v.state is State.READY]
+        shown = max(ready or infos, key=lambda i: _generation(known, i), default=None)
+        message = response.models.add(
             name=name,
-            model_fingerprint=known.model_fingerprint if known else "",
-            numerics_id=known.numerics_id if known else "",
+            model_fingerprint=shown.model_fingerprint if shown else "",
+            numerics_id=shown.numerics_id if shown else "",
             replicas_ready=len(ready),
-            replicas_wanted=count,
+            replicas_wanted=wanted_of(known, name),
+            replicas_least=bounds.least,
+            replicas_most=bounds.most,
+            versions=len({i.model_fingerprint for i in infos}),
         )
-    response.replicas.extend(replica_message(v) for v in views)
-    shown = {(v.replica, v.epoch) for v in views}
+        decision = known.decisions.get(name)
+        if decision is not None and not bounds.fixed:
+            message.scaling.reason, message.scaling.detail = decision.why, decision.said
+            message.scaling.age_s = decision.age_s
+    for v in views:
+        shown_replica = replica_message(v)
+        if (start := known.starts.get(v.replica)) is not None:
+            shown_replica.cold_start.CopyFrom(pb.ColdStart(**msgspec.structs.asdict(start)))
+        response.replicas.append(shown_replica)
+    registered = {(v.replica, v.epoch) for v in views}
     for member in members:
         claim = member.claim
-        if claim is not None and (claim.replica, claim.epoch) not in shown:
+        if claim is not None and (claim.replica, claim.epoch) not in registered:
             response.replicas.append(_unregistered(member, claim))
         for p in member.processes:
             response.processes.add(role=p.role, pid=p.pid, node=p.node, replica=p.replica, rank=p.rank)
     return response
+
+
+def wanted_of(known: Known, model: str) -> int:
+    """How many replicas a model should have now."""
+    bounds = known.catalog.bounds()[model]
+    decision = known.decisions.get(model)
+    return bounds.first if bounds.fixed or decision is None else decision.wanted
+
+
+def _generation(known: Known, info: EngineInfo) -> int:
+    return known.versions.get(info.model, {}).get(info.model_fingerprint, 0)
 
 
 def _unregistered(member: Member, claim: Claim) -> pb.Replica:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from cluster.config import ServiceConfig
 
 _MODELS, _SERVICE, _SECURITY, _CLUSTER = "Models", "Service", "Security", "Cluster"
 
@@ -55,7 +58,21 @@ def serve(
     expert_hosts: Annotated[
         int | None, _option("Hosts per replica that serve a mixture's experts (0: the replica itself).", _MODELS)
     ] = None,
-    replicas: Annotated[str | None, _option("Replicas of each model (1).", _MODELS, metavar="N")] = None,
+    replicas: Annotated[
+        str | None, _option("Replicas of each model: N, or by demand MIN:MAX (1).", _MODELS, metavar="N|MIN:MAX")
+    ] = None,
+    target_first_token: Annotated[
+        float | None, _option("Seconds in which a first token should come; else replicas are added (2).", _MODELS)
+    ] = None,
+    idle_seconds: Annotated[
+        float | None, _option("Without requests for so long a model whose MIN is 0 has no replica (300).", _MODELS)
+    ] = None,
+    scale_down_seconds: Annotated[
+        float | None, _option("For so long fewer replicas must have been enough until there are fewer (60).", _MODELS)
+    ] = None,
+    surge_percent: Annotated[
+        int | None, _option("More replicas than usual while a new checkpoint replaces an old one (25).", _MODELS)
+    ] = None,
     host: Annotated[str | None, _option("Where the gateway listens (127.0.0.1).", _SERVICE)] = None,
     port: Annotated[int | None, _option("Its port; 0 takes a free one (50051).", _SERVICE)] = None,
     gateways: Annotated[int | None, _option("Gateway processes that share the port (1).", _SERVICE)] = None,
@@ -78,6 +95,12 @@ def serve(
     ] = None,
     heartbeat_timeout: Annotated[
         float | None, _option("Seconds of silence until a replica counts as lost (2).", _SERVICE)
+    ] = None,
+    step_timeout: Annotated[
+        float | None, _option("Seconds that one step may take before its replica is replaced (60).", _SERVICE)
+    ] = None,
+    cold_start_seconds: Annotated[
+        float | None, _option("How long a request waits for a replica where there is none (300).", _SERVICE)
     ] = None,
     tls_cert: Annotated[Path | None, _option("Certificate chain (PEM).", _SECURITY, metavar="FILE")] = None,
     tls_key: Annotated[Path | None, _option("Its key (PEM).", _SECURITY, metavar="FILE")] = None,
@@ -118,17 +141,22 @@ def serve(
     ] = None,
     verbose: Annotated[bool | None, _option("All logs on the console.", _CLUSTER, "--verbose")] = None,
     engine: Annotated[str | None, typer.Option(hidden=True)] = None,
+    fake_rows: Annotated[float | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Serve models over gRPC until Ctrl-C or SIGTERM; then drain and leave no process behind.
 
-    Flags win over UNDERSTUDY_… in the environment, that over --config.
+    Flags win over UNDERSTUDY_… in the environment, that over --config. SIGHUP reads --config again: models that have
+    changed in it are replaced while requests run.
     """
     flags = {k: v for k, v in locals().items() if k != "config" and v is not None}
     from cluster.config import load
     from cluster.console import Console
     from cluster.serve import run
 
-    raise typer.Exit(run(load(flags, os.environ, config), Console()))
+    def read() -> ServiceConfig:
+        return load(flags, os.environ, config)
+
+    raise typer.Exit(run(read(), Console(), None if config is None else read))
 
 
 def plan(
@@ -150,8 +178,8 @@ def plan(
 ) -> None:
     """Compute from a checkpoint what serving it needs: GPUs, memory, pods, and the flags of `serve`."""
     from cluster import sizing_report
-    from cluster.config import parse_size
     from cluster.sizing import BYTES, Wish, plan_sizes, stored_parameters
+    from cluster.written import parse_size
     from understudy.cli.common import as_json
     from understudy.errors import ConfigError
     from workers.model.config import read_spec

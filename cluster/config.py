@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from cluster.written import Bounds, Loader, Replicas, parse_size
 from understudy.errors import ConfigError
 from workers.cache.wire import check_url, shown_url
 from workers.engine.speculate import MAX_DRAFT_TOKENS
@@ -30,28 +31,6 @@ ENV_PREFIX = "UNDERSTUDY_"
 _FOREIGN_ENV = re.compile(
     r"^UNDERSTUDY_(SERVICE_.*|PORT_\d+.*|ORACLES|ADDRESS|ADMIN|TOKEN|INSTANCE|KERNELS?(_.*)?|ISA|CACHE(_.*)?)$"
 )
-_UNITS = {"": 1, "b": 1, "k": 1000, "kb": 1000, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12}
-_UNITS |= {"tb": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
-
-
-def parse_size(value: object) -> object:
-    """Bytes of `4GiB`, `512 MB` or `1048576`; anything that is not text is passed on as it is.
-
-    Raises ValueError naming the way to write it.
-    """
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-    unit = _UNITS.get(match.group(2).lower()) if match else None
-    if match is None or unit is None:
-        raise ValueError("is not a size; write bytes or a unit, such as 4GiB, 512MiB or 1048576")
-    return int(float(match.group(1)) * unit) if "." in match.group(1) else int(match.group(1)) * unit
-
-
-def _fixed_replicas(value: object) -> object:
-    if isinstance(value, str) and ":" in value:
-        raise ValueError("autoscaling between MIN and MAX is not there yet; give one number")
-    return value
 
 
 def _device(value: str) -> str:
@@ -80,7 +59,6 @@ def _absolute(value: Path) -> Path:
 FilePath = Annotated[Path, AfterValidator(_absolute)]
 Size = Annotated[int, Field(ge=1 << 20), BeforeValidator(parse_size)]
 MaybeSize = Annotated[int, Field(ge=0), BeforeValidator(parse_size)]
-Replicas = Annotated[int, Field(ge=1, le=1000), BeforeValidator(_fixed_replicas)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -105,7 +83,11 @@ class _Sizes(BaseModel):
     expert_parallel: bool = False
     tensor_parallel_invariant: bool = False
     expert_hosts: Annotated[int, Field(ge=0, le=4096)] = 0
-    replicas: Replicas = 1
+    replicas: Replicas = Bounds(1, 1)
+    target_first_token: Annotated[float, Field(ge=0.05, le=3600)] = 2.0
+    idle_seconds: Annotated[float, Field(ge=1, le=7 * 86400)] = 300.0
+    scale_down_seconds: Annotated[float, Field(ge=1, le=86400)] = 60.0
+    surge_percent: Annotated[int, Field(ge=0, le=100)] = 25
 
 
 class ModelConfig(_Sizes):
@@ -143,6 +125,8 @@ class ServiceConfig(BaseModel):
     max_service_queue: Annotated[int, Field(ge=1)] | None = None
     drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
     heartbeat_timeout: Annotated[float, Field(ge=0.5, le=600)] = 2.0
+    step_timeout: Annotated[float, Field(ge=5, le=86400)] = 60.0
+    cold_start_seconds: Annotated[float, Field(ge=0, le=86400)] = 300.0
     redis_url: Annotated[str, AfterValidator(_redis_url)] | None = None
     redis_bytes: Size | None = None
     store_key: FilePath | None = None
@@ -152,6 +136,7 @@ class ServiceConfig(BaseModel):
     verbose: bool = False
     # Not for users: which engine answers. "fake" makes tokens without computing, to measure everything around it.
     engine: Literal["real", "fake"] = "real"
+    fake_rows: Annotated[float, Field(gt=0)] | None = None  # a second, that the fake engine takes time for
     notes: tuple[str, ...] = ()
 
 
@@ -235,7 +220,7 @@ def _from_environment(environ: Mapping[str, str], notes: list[str]) -> dict[str,
 
 def _read_file(file: Path) -> dict[str, object]:
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = yaml.load(file.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise ConfigError(f"--config {file}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -9,13 +9,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
+from cluster.autoscale import Decision
+from cluster.catalog import Catalog, Known, Library, Texts
 from cluster.roster import Claim, Member, ProcessInfo, Roster
 from router.actor import ACTOR_NAME, RayRouter, Refusal, RouterActor
 from router.admission import Limits
+from router.demand import ModelDemand
 from router.rebalance import ExpertsOrder, ExpertsReport, ExpertsView, Rebalancers
 from understudy.errors import FROM_KIND, InternalError, UnderstudyError
 from workers.actors import LeaderReport
@@ -30,6 +34,11 @@ _experts_report = msgspec.msgpack.Decoder(ExpertsReport)
 _order = msgspec.msgpack.Decoder(ExpertsOrder)
 _expert_views = msgspec.msgpack.Decoder(list[ExpertsView])
 _refusal = msgspec.msgpack.Decoder(Refusal)
+_catalog = msgspec.msgpack.Decoder(Catalog)
+_known = msgspec.msgpack.Decoder(Known)
+_texts = msgspec.msgpack.Decoder(Texts | None)
+_decisions = msgspec.msgpack.Decoder(dict[str, Decision])
+_demands = msgspec.msgpack.Decoder(dict[str, ModelDemand])
 
 
 class DirectoryActor(RouterActor):
@@ -39,6 +48,7 @@ class DirectoryActor(RouterActor):
         super().__init__(heartbeat_timeout, limits)
         first = int(time.time()) if _restarted() else 1
         self._experts, self._placing = Rebalancers(time.monotonic), asyncio.Lock()
+        self._library = Library(time.monotonic)
         self._roster = Roster(time.monotonic, timeout_s=max(5.0, 2.5 * heartbeat_timeout), first_epoch=first)
 
     async def claim(self, model: str, holder: str, processes: bytes) -> bytes:
@@ -52,7 +62,10 @@ class DirectoryActor(RouterActor):
             return -1
         if said.claim is None:
             return 0
-        self._tell_router(said.claim, said.stage, _report.decode(report) if report else None, node)
+        decoded = _report.decode(report) if report else None
+        self._tell_router(said.claim, said.stage, decoded, node)
+        if decoded is not None and decoded.cold_start is not None:
+            self._library.started(said.claim.replica, decoded.cold_start)
         return self._router.wanted(said.claim.replica, said.claim.epoch)
 
     async def leave(self, holder: str, claim: bytes) -> None:
@@ -60,6 +73,7 @@ class DirectoryActor(RouterActor):
         if claim:
             place = _claim.decode(claim)
             self._router.unregister(place.replica, place.epoch)
+            self._library.left(place.replica)
 
     async def members(self) -> bytes:
         return _encode(self._roster.members())
@@ -80,14 +94,32 @@ class DirectoryActor(RouterActor):
             return _encode(Refusal(error.kind, error.message))
         return b""
 
+    async def exchange(self, catalog: bytes) -> bytes:
+        """See `Library.exchange`."""
+        return _encode(self._library.exchange(_catalog.decode(catalog)))
+
+    async def has_texts(self, model: str, fingerprint: str, generation: int) -> bool:
+        return self._library.has(model, fingerprint, generation)
+
+    async def lend_texts(self, model: str, fingerprint: str, texts: bytes) -> None:
+        self._library.lend(model, fingerprint, _texts.decode(texts))
+
+    async def texts(self, model: str, fingerprint: str) -> bytes:
+        return _encode(self._library.texts(model, fingerprint))
+
+    async def scale(self, decisions: bytes) -> bytes:
+        """Takes what was decided; the demand."""
+        self._library.decide(_decisions.decode(decisions))
+        return _encode(self._router.demand())
+
     def _tell_router(self, place: Claim, stage: str, report: LeaderReport | None, node: str) -> None:
         router = self._router
         if stage == "failed":
             router.unregister(place.replica, place.epoch)
         elif stage in ("ready", "draining") and report is not None and report.info is not None:
-            if not router.beat(place.replica, place.epoch, report.stats, report.changes):
+            if not router.beat(place.replica, place.epoch, report.stats, report.changes, report.trouble):
                 router.register(place.replica, report.address, place.epoch, report.info, node)
-                router.beat(place.replica, place.epoch, report.stats, report.changes)
+                router.beat(place.replica, place.epoch, report.stats, report.changes, report.trouble)
             if stage == "draining":
                 router.drain(place.replica, place.epoch)
 
@@ -127,23 +159,43 @@ class Directory(RayRouter):
             said = _refusal.decode(refusal)
             raise FROM_KIND.get(said.kind, InternalError)(said.message)
 
+    async def exchange(self, catalog: Catalog) -> Known:
+        """See `Library.exchange`."""
+        return _known.decode(await self._ask(self.handle.exchange.remote(_encode(catalog))))
+
+    async def lend_texts(self, model: str, fingerprint: str, texts: Texts) -> None:
+        """Sees to it that the router has the texts of a version, which may be megabytes."""
+        if not await self._ask(self.handle.has_texts.remote(model, fingerprint, texts.generation)):
+            await self._ask(self.handle.lend_texts.remote(model, fingerprint, _encode(texts)))
+
+    async def texts(self, model: str, fingerprint: str) -> Texts | None:
+        """See `Library.texts`."""
+        texts: Texts | None = _texts.decode(await self._ask(self.handle.texts.remote(model, fingerprint)))
+        return texts
+
+    def scale_now(self, decisions: Mapping[str, Decision], timeout_s: float = 2.0) -> dict[str, ModelDemand]:
+        """Tells what was decided; the demand. For a thread without an event loop."""
+        return _demands.decode(self._ask_now(self.handle.scale.remote(_encode(dict(decisions))), timeout_s))
+
+    def exchange_now(self, catalog: Catalog, timeout_s: float = 5.0) -> Known:
+        """`exchange` for a thread without an event loop."""
+        return _known.decode(self._ask_now(self.handle.exchange.remote(_encode(catalog)), timeout_s))
+
     def members_now(self, timeout_s: float = 5.0) -> list[Member]:
         """`members` for a thread without an event loop."""
-        import ray
-        import ray.exceptions
-
-        try:
-            return _members.decode(ray.get(self.handle.members.remote(), timeout=timeout_s))
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-            raise ConnectionError(f"the router does not answer: {error}") from error
+        return _members.decode(self._ask_now(self.handle.members.remote(), timeout_s))
 
     def announce_now(self, member: Member, timeout_s: float = 5.0) -> None:
         """`announce` for a thread without an event loop."""
+        self._ask_now(self.handle.announce.remote(_encode(member), b"", ""), timeout_s)
+
+    @staticmethod
+    def _ask_now(reference: Any, timeout_s: float) -> Any:
         import ray
         import ray.exceptions
 
         try:
-            ray.get(self.handle.announce.remote(_encode(member), b"", ""), timeout=timeout_s)
+            return ray.get(reference, timeout=timeout_s)
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
             raise ConnectionError(f"the router does not answer: {error}") from error
 

@@ -76,7 +76,7 @@ def open_hosts(plan: ReplicaPlan, router: Directory) -> ExpertHosts:
             device=engine.device,
             kernels=engine.kernels,
             threads=plan.host_threads,
-            neighbours=plan.expert_hosts * plan.replicas if plan.loopback else 1,
+            neighbours=plan.expert_hosts * plan.replicas.most if plan.loopback else 1,
         )
         resources = EXPERT_HOST_PLACE if plan.by_role else {}
         actor = expert_host_actor(num_cpus=cpus, num_gpus=plan.leader_gpus, resources=resources)

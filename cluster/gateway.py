@@ -8,10 +8,10 @@ import logging
 import os
 from typing import Any
 
-from prometheus_client import start_http_server
-
 from cluster.admin import ClusterStatus
+from cluster.catalog import Known
 from cluster.directory import Directory, find
+from cluster.http import HttpServer
 from cluster.logs import configure
 from cluster.metrics import ReplicaMetrics
 from cluster.plan import GATEWAY_CPUS, GATEWAY_PLACE, GatewayPlan, node_address, serve_logging, unpack
@@ -19,13 +19,16 @@ from cluster.roster import Member, ProcessInfo
 from cluster.wire import GrpcReplicaChannel
 from router.admin import AdminServer
 from router.channels import Timing
+from router.dispatch import Patience
 from router.gateway import Gateway
 from router.models import ServedModel
+from router.rebalance import ExpertsView
 from router.server import GatewayConfig, address
 from router.state import ReplicaView
 from router.validate import validate
 from understudy.errors import ConfigError, DeadlineExceeded, Overloaded, Unavailable, UnderstudyError
 from understudy.v1 import inference_pb2 as pb
+from workers.engine import EngineInfo
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +68,18 @@ class GatewayApp:
             directory,
             self._connect,
             timing=Timing(heartbeat_timeout=config.heartbeat_timeout),
+            patience=Patience(
+                first=max(Patience.first, config.cold_start_seconds),
+                again=max(Patience.again, config.cold_start_seconds),
+            ),
             name=holder,
         )
-        self._status = ClusterStatus(directory, plan.wanted, plan.started)
+        self._catalog = plan.catalog
+        self._versions: dict[tuple[str, str], int] = {}  # model and fingerprint -> generation of its texts
+        self._status = ClusterStatus(directory, self._catalog, plan.started)
         self._replica_metrics = ReplicaMetrics()
         self._admin: AdminServer | None = None
-        self._metrics_server: Any = None
+        self._http: HttpServer | None = None
         self._tending: asyncio.Task[None] | None = None
         self._failure = ""
         self._failed_kind = ""
@@ -91,9 +100,8 @@ class GatewayApp:
         await self._gateway.stop(grace_s)
         if self._admin is not None:
             await self._admin.stop()
-        if self._metrics_server is not None:
-            self._metrics_server.shutdown()
-            self._metrics_server.server_close()
+        if self._http is not None:
+            await asyncio.to_thread(self._http.close)
         with contextlib.suppress(ConnectionError):
             await self._directory.leave(self._holder, None)
 
@@ -113,52 +121,81 @@ class GatewayApp:
     async def _tend_once(self) -> None:
         """Learns models, announces this gateway, takes the operators' ports where they are free."""
         try:
-            views = await self._directory.replicas()
-            self._learn(views)
+            views, known = await self._directory.replicas(), await self._directory.exchange(self._catalog)
+            await self._learn(views, known)
+            experts = await self._directory.expert_views()
+            self._gateway.told = last_words(await self._directory.members(), experts)
             await self._prove()
             await self._directory.announce(self._member(), None, self._node)
             figures = await self._directory.figures() if self._admin is not None else None
         except ConnectionError as error:
             log.warning("the router does not answer: %s", error)
             return
-        if self._metrics_server is None:
-            self._serve_metrics()
+        if self._http is None:
+            self._serve_http()
         if self._admin is None:
             await self._serve_admin()
         else:
-            self._replica_metrics.views, self._replica_metrics.figures = views, figures
-            with contextlib.suppress(ConnectionError):
-                self._replica_metrics.experts = await self._directory.expert_views()
+            shown = self._replica_metrics
+            shown.views, shown.figures, shown.known, shown.experts = views, figures, known, experts
 
-    def _learn(self, views: list[ReplicaView]) -> None:
-        known = {m.name: m.info for m in self._gateway.models.all()}
-        for view in views:
-            name = view.info.model
-            if name not in self._plan.files or self._failure or known.get(name) == view.info:
-                continue
-            if name in known and known[name].model_fingerprint == view.info.model_fingerprint:
-                continue  # replicas of one model differ in sizes only
-            try:
-                self._gateway.put_model(ServedModel.from_files(view.info, unpack(self._plan.files[name])))
-            except UnderstudyError as error:
-                self._failure, self._failed_kind = f"model {name}: {error}", error.kind
-                log.error("%s", self._failure)
+    async def _learn(self, views: list[ReplicaView], known: Known) -> None:
+        """Which models there are, and the versions that their replicas have."""
+        self._catalog = known.catalog
+        self._status.known = known
+        bounds, gateway = known.catalog.bounds(), self._gateway
+        gateway.models.expect(bounds.keys())
+        gateway.can_start = any(b.least == 0 for b in bounds.values())
+        there: dict[str, set[str]] = {name: set() for name in bounds}
+        for info in [v.info for v in views if v.info.model in bounds]:
+            name, version = info.model, info.model_fingerprint
+            there[name].add(version)
+            generation = known.versions.get(name, {}).get(version, -1)  # replicas of one version differ in sizes only
+            if generation > self._versions.get((name, version), -1):
+                await self._take_version(info, generation)
+        for name, versions in there.items():
+            if versions:  # else nobody is there, or the router has just begun anew
+                gateway.models.keep(name, versions)
+        self._versions = {v: g for v, g in self._versions.items() if gateway.models.has(*v)}
 
-    async def _prove(self) -> None:
-        """Once: a token of every model, from the request's message to the engine and back."""
-        names = {m.name for m in self._gateway.models.all()}
-        linked = {link.info.model for link in self._gateway.pool.alive()}
-        if self._proven or (names & linked) != set(self._plan.wanted):
+    async def _take_version(self, info: EngineInfo, generation: int) -> None:
+        name, version = info.model, info.model_fingerprint
+        texts = await self._directory.texts(name, version)
+        if texts is None:  # the router was just started again
             return
         try:
-            for name in sorted(names):
+            model = await asyncio.to_thread(ServedModel.from_files, info, unpack(texts.files))
+        except UnderstudyError as error:
+            if not self._gateway.models.missing(name):
+                log.error("model %s: %s: its older version stays", name, error)
+            else:
+                self._fail(f"model {name}: {error}", error.kind)
+        else:
+            self._gateway.put_model(model, generation)
+            self._versions[name, version] = generation
+
+    def _fail(self, said: str, kind: str = "") -> None:
+        self._failure, self._failed_kind = said, kind
+        log.error("%s", said)
+
+    async def _prove(self) -> None:
+        """Once: a token of every model, from the request's message to the engine and back. Models that may be without
+        a replica are not waited for."""
+        if self._proven:
+            return
+        cold = {name for name, b in self._catalog.bounds().items() if b.least == 0}
+        names = {m.name for m in self._gateway.models.all()}
+        linked = {link.info.model for link in self._gateway.pool.alive()}
+        if not self._catalog.models or self._catalog.models.keys() - cold - (names & linked):
+            return
+        try:
+            for name in sorted(names & linked):
                 await self._one_token(name)
         except (Unavailable, Overloaded, DeadlineExceeded) as error:  # a gateway that joins a busy service waits, too
             log.info("no token yet: %s", error)
             return
         except UnderstudyError as error:
-            self._failure = f"a first token cannot be had: {error}"
-            log.error("%s", self._failure)
+            self._fail(f"a first token cannot be had: {error}")
             return
         self._proven = True
 
@@ -185,14 +222,13 @@ class GatewayApp:
             address=address(config.host, self._gateway.port),
         )
 
-    def _serve_metrics(self) -> None:
+    def _serve_http(self) -> None:
         first = self._plan.config.metrics_port
         for port in range(first, min(first + max(4, self._plan.config.gateways), 1 << 16)):
             with contextlib.suppress(OSError):
-                self._metrics_server, _ = start_http_server(
-                    port, self._plan.config.metrics_host, self._gateway.metrics.registry
-                )
-                log.info("metrics on port %d", port)
+                host, registry = self._plan.config.metrics_host, self._gateway.metrics.registry
+                self._http = HttpServer(host, port, registry, self._gateway.health)
+                log.info("metrics and probes on port %d", port)
                 return
 
     async def _serve_admin(self) -> None:
@@ -204,6 +240,20 @@ class GatewayApp:
             return  # another gateway on this node has it
         self._admin = server
         self._gateway.metrics.registry.register(self._replica_metrics)
+
+
+def last_words(members: list[Member], experts: list[ExpertsView]) -> dict[str, dict[str, str]]:
+    """By model, what replicas that are gone have said in the roster, and which expert hosts are not there."""
+    told: dict[str, dict[str, str]] = {}
+    for member in members:
+        if member.role == "replica" and member.stage == "failed" and member.error:
+            name = member.claim.replica if member.claim is not None else member.model
+            told.setdefault(member.model, {})[name] = member.error
+    for view in experts:
+        for host in view.hosts:
+            if host.state not in ("ready", "leaving"):
+                told.setdefault(view.model, {})[f"{view.replica}, expert host {host.name}"] = host.state
+    return told
 
 
 class GatewayDeployment:

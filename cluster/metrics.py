@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from cluster.admin import wanted_of
+from cluster.catalog import Known
 from router.rebalance import ExpertsView
 from router.state import ReplicaView, RouterFigures, State
 
@@ -18,6 +21,7 @@ _GAUGES: tuple[tuple[str, str, _Value], ...] = (
     ("blocks", "Blocks of the cache.", lambda v: v.info.blocks),
     ("blocks_in_use", "Blocks held by running sequences.", lambda v: v.stats.blocks_in_use),
     ("blocks_cached", "Blocks held by the prefix tree alone.", lambda v: v.stats.blocks_cached),
+    ("stalled", "1 where it makes no tokens at present.", lambda v: float(v.state is State.STALLED)),
     ("ready", "1 where the replica takes requests.", lambda v: float(v.state is State.READY)),
     ("silent_seconds", "Since its last heartbeat.", lambda v: v.silent_s),
 )
@@ -56,8 +60,15 @@ _EXPERTS: tuple[tuple[str, str, _Of], ...] = (
     ("hosts_wanted", "Expert hosts that there should be.", lambda v: float(v.wanted)),
 )
 
+_MODELS: tuple[tuple[str, str, Callable[[Known, str], float]], ...] = (
+    ("replicas_wanted", "Replicas that there should be.", wanted_of),
+    ("replicas_least", "Replicas that there are at least.", lambda k, m: float(k.catalog.models[m][0])),
+    ("replicas_most", "Replicas that there are at most.", lambda k, m: float(k.catalog.models[m][1])),
+)
+
 _Figure = Callable[[RouterFigures], float]
 _ROUTER_GAUGES: tuple[tuple[str, str, _Figure], ...] = (
+    ("suspects", "Requests under which a replica was lost, that have not got on yet.", lambda f: f.suspects),
     ("leases", "Assignments that replicas have not yet reported.", lambda f: f.leases),
     ("index_blocks", "Blocks that the index knows.", lambda f: f.index.blocks),
     ("index_stored_blocks", "Those of the shared store.", lambda f: f.index.stored),
@@ -75,16 +86,18 @@ _ROUTER_COUNTERS: tuple[tuple[str, str, _Figure], ...] = (
 
 
 class ReplicaMetrics(Collector):
-    """Set `views`, `experts` and `figures`; every scrape shows the latest."""
+    """Set `views`, `experts`, `figures` and `known`; every scrape shows the latest."""
 
     def __init__(self) -> None:
         self.views: list[ReplicaView] = []
         self.experts: list[ExpertsView] = []
         self.figures: RouterFigures | None = None
+        self.known = Known()
 
     def collect(self) -> Iterator[Metric]:
         if self.figures is not None:
             yield from _router(self.figures)
+        yield from self._models()
         for name, said, value in _GAUGES:
             gauge = GaugeMetricFamily(f"understudy_replica_{name}", said, labels=_LABELS)
             for view in self.views:
@@ -100,6 +113,31 @@ class ReplicaMetrics(Collector):
             for each in self.experts:
                 gauge.add_metric((each.model, each.replica), of(each))
             yield gauge
+
+    def _models(self) -> Iterator[Metric]:
+        known = self.known
+        for name, said, value in _MODELS:
+            gauge = GaugeMetricFamily(f"understudy_model_{name}", said, labels=["model"])
+            for model in known.catalog.models:
+                gauge.add_metric([model], value(known, model))
+            yield gauge
+        ready = GaugeMetricFamily("understudy_model_replicas_ready", "Replicas that take requests.", labels=["model"])
+        why = GaugeMetricFamily(
+            "understudy_model_scaling", "1 for the reason of the last change of the number.", labels=["model", "reason"]
+        )
+        for model in known.catalog.models:
+            ready.add_metric([model], sum(v.info.model == model and v.state is State.READY for v in self.views))
+            if model in known.decisions:
+                why.add_metric([model, known.decisions[model].why], 1.0)
+        yield from (ready, why)
+        start = GaugeMetricFamily(
+            "understudy_replica_cold_start_seconds", "How long a part of its start took.", labels=[*_LABELS, "part"]
+        )
+        for view in self.views:
+            if view.replica in known.starts:
+                for part, seconds in msgspec.structs.asdict(known.starts[view.replica]).items():
+                    start.add_metric((view.info.model, view.replica, part.removesuffix("_s")), seconds)
+        yield start
 
 
 def _router(figures: RouterFigures) -> Iterator[Metric]:

@@ -6,11 +6,14 @@ import os
 import secrets
 import time
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from cluster.autoscale import Goal
+from cluster.catalog import Catalog
 from cluster.config import ModelConfig, ServiceConfig, is_loopback
 from cluster.local import NAMESPACE
+from cluster.written import Bounds
 from router.chat.templates import MORE_TEMPLATES, TEMPLATE_FILE
 from router.models import TEXT_FILES
 from understudy.errors import CheckpointError, ConfigError
@@ -28,41 +31,57 @@ RANK_PLACE = {"understudy_shard": 1.0}
 EXPERT_HOST_PLACE = {"understudy_expert_host": 1.0}
 LEASE_S = 10.0
 LEAST_SECRET = 16  # bytes
+ONE = Goal(1, 1)
 
 
 @dataclass(frozen=True)
 class ReplicaPlan:
-    """One model's replicas. `secret` is what both ends of a wire know; `loopback` keeps wires on this machine."""
+    """One model's replicas. `secret` is what both ends of a wire know; `loopback` keeps wires on this machine.
+
+    `files` are the checkpoint's text files by name, compressed: gateways' nodes need not have them. Of two plans of a
+    model the one with the larger `generation` is the newer; `upgrade` says that there was one before.
+    """
 
     model: str
     engine: EngineConfig
-    replicas: int
+    replicas: Bounds
     secret: str = field(repr=False)
     leader_cpus: float
     leader_gpus: float
     drain_s: float
     heartbeat_timeout: float
+    step_timeout: float
     loopback: bool
     fake: bool
     logs: str | None = None
     namespace: str = NAMESPACE
     expert_hosts: int = 0
     host_threads: int | None = None  # of each of them
+    files: dict[str, bytes] = field(default_factory=dict, repr=False)
+    goal: Goal = ONE
+    surge_percent: int = 0
+    generation: int = 0
+    upgrade: bool = False
+    fake_rows: float | None = None
     by_role: bool = False
 
 
 @dataclass(frozen=True)
 class GatewayPlan:
-    """What gateways need. `files` are the checkpoints' text files by model and name, compressed, for a gateway's node
-    need not have them; certificates and tokens are read from paths on each gateway's node."""
+    """What gateways need. `models` are those that they begin with; which they are later is learned from the router.
+    Certificates and tokens are read from paths on each gateway's node."""
 
     config: ServiceConfig
-    files: dict[str, dict[str, bytes]]
-    wanted: dict[str, int]
+    models: dict[str, Bounds]
     secret: str = field(repr=False)
     logs: str | None = None
     started: float = field(default_factory=time.time)  # of the clock on the wall
+    generation: int = field(default_factory=time.time_ns)  # of `models`
     namespace: str = NAMESPACE
+
+    @property
+    def catalog(self) -> Catalog:
+        return Catalog(self.generation, {name: (b.least, b.most) for name, b in self.models.items()})
 
 
 @dataclass(frozen=True)
@@ -79,13 +98,46 @@ def make_plan(config: ServiceConfig, cpus: int, logs: Path | None = None) -> Pla
     Raises CheckpointError where text files are missing.
     """
     secret = secrets.token_hex(32) if config.wire_key is None else read_secret(config.wire_key, "wire_key").hex()
-    number = sum(m.replicas * m.tensor_parallel for m in config.models)
+    number = sum(m.replicas.most * m.tensor_parallel for m in config.models)
     local = config.ray_address is None
     place = str(logs) if local and logs is not None else None
     replicas = tuple(_replica_plan(config, model, secret, cpus, number, place) for model in config.models)
-    files = {m.name: read_text_files(m.path) for m in config.models}
-    wanted = {m.name: m.replicas for m in config.models}
-    return Plan(GatewayPlan(config, files, wanted, secret, place), replicas)
+    models = {m.name: m.replicas for m in config.models}
+    return Plan(GatewayPlan(config, models, secret, place), replicas)
+
+
+def renew(plan: Plan, config: ServiceConfig, cpus: int) -> Plan:
+    """The plan of a service that runs by `plan` and is given other models: only those of `config` are taken. Models
+    that did not change keep their plan.
+
+    Raises CheckpointError where text files are missing.
+    """
+    config = config.model_copy(update={k: getattr(plan.gateway.config, k) for k in _KEPT})
+    fresh = make_plan(config, cpus)
+    before = {r.model: r for r in plan.replicas}
+    old = {m.name: m for m in plan.gateway.config.models}
+    replicas = []
+    for model, its in zip(config.models, fresh.replicas, strict=True):
+        known = before.get(model.name)
+        its = replace(its, secret=plan.gateway.secret, logs=plan.gateway.logs, upgrade=known is not None)
+        same = known is not None and _same(known, old[model.name]) == _same(its, model)
+        replicas.append(known if known is not None and same else its)
+    gateway = replace(plan.gateway, config=config, models=fresh.gateway.models, generation=time.time_ns())
+    return Plan(gateway, tuple(replicas))
+
+
+# Keys of the service that gateways, Ray and Redis were started with.
+_KEPT = tuple(k for k in ServiceConfig.model_fields if k != "models")
+
+
+def late_keys(before: ServiceConfig, after: ServiceConfig) -> list[str]:
+    """What has changed of a configuration that a running service cannot take."""
+    return [k for k in _KEPT if k != "notes" and getattr(before, k) != getattr(after, k)]
+
+
+def _same(plan: ReplicaPlan, model: ModelConfig) -> tuple[object, ...]:
+    """What tells two plans of a model apart: a link that leads elsewhere, or another text file, does so, too."""
+    return model, plan.engine.model_dir, plan.files
 
 
 def read_text_files(path: Path) -> dict[str, bytes]:
@@ -165,6 +217,7 @@ def _replica_plan(
         leader_gpus=1.0 if model.device.startswith("cuda") else 0.0,
         drain_s=config.drain_seconds,
         heartbeat_timeout=config.heartbeat_timeout,
+        step_timeout=config.step_timeout,
         loopback=local,
         fake=config.engine == "fake",
         logs=logs,
@@ -172,6 +225,11 @@ def _replica_plan(
         by_role=config.place_by_role,
         # On one machine hosts share the CPUs of their replica: they compute while it waits.
         host_threads=max(1, threads // max(1, model.expert_hosts)) if local and threads is not None else model.threads,
+        files=read_text_files(model.path),
+        goal=Goal(*model.replicas, model.target_first_token, model.idle_seconds, model.scale_down_seconds),
+        surge_percent=model.surge_percent,
+        generation=time.time_ns(),
+        fake_rows=config.fake_rows,
     )
 
 

@@ -62,11 +62,11 @@ def serve_replicas(raylet: Raylet) -> list[int]:
 def drain(raylet: Raylet, seconds: float) -> None:
     """Asks Ray to place nothing new on the node, and tells it, and Serve, when it ends. Raises RuntimeError where it
     refuses."""
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated import autoscaler_pb2
 
     deadline_ms = int((time.time() + seconds) * 1000)
-    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")  # type: ignore[attr-defined]
     accepted, why = GcsClient(address=raylet.gcs).drain_node(
         raylet.node_id, reason, "the pod is being ended", deadline_ms
     )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import re
+import time
 from functools import partial
 from typing import Any
 
 import msgspec
 
+from cluster.catalog import Texts
 from cluster.directory import find
 from cluster.expert_actors import call_actor, open_hosts
 from cluster.group import RankGroup, Ranks
@@ -19,6 +22,7 @@ from cluster.plan import LEASE_S, REPLICA_PLACE, SUPERVISOR_CPUS, ReplicaPlan, n
 from cluster.roster import Claim
 from cluster.supervisor import Supervisor
 from cluster.wire import LeaderServer
+from understudy.errors import FROM_KIND, InternalError
 from workers.actors import LeaderReport, Progress, RankReport, build_real_engine, leader_actor, rank_actor
 from workers.engine import Engine, EngineConfig
 from workers.engine.loop import EngineLoop
@@ -27,14 +31,21 @@ from workers.parallel.meeting import Meeting
 
 log = logging.getLogger(__name__)
 
+_LEND_S = 2.0
+_UPGRADE_TRIES = 3
 
-def build_fake_engine(config: EngineConfig, progress: Progress) -> Engine:
-    """An engine that computes nothing, with the vocabulary of the checkpoint's tokenizer."""
+
+def build_fake_engine(config: EngineConfig, progress: Progress, rows: float | None = None) -> Engine:
+    """An engine that computes nothing, with the vocabulary of the checkpoint's tokenizer. It takes time for so many
+    `rows` a second, or none."""
     from pathlib import Path
 
     from tokenizers import Tokenizer
 
     from workers.engine.fake import FakeEngine
+
+    def step_s(n: int) -> float:
+        return n / rows if rows is not None else 0.0
 
     progress(1, 1)
     vocabulary = Tokenizer.from_file(str(Path(config.model_dir) / "tokenizer.json")).get_vocab_size()
@@ -43,6 +54,7 @@ def build_fake_engine(config: EngineConfig, progress: Progress) -> Engine:
         max_context=config.max_context or 4096,
         max_running=config.max_running or 64,
         model=config.name,
+        step_s=step_s,
     )
 
 
@@ -75,6 +87,9 @@ class RayLeader:
 
     async def stop(self) -> None:
         await self._call(self._handle.stop)
+
+    def awaited(self) -> str:
+        return ""
 
     async def place_experts(self, view: HostsView) -> None:
         await self._call(self._handle.place_experts, msgspec.msgpack.encode(view))
@@ -118,23 +133,44 @@ class Replica:
         from ray import serve
 
         configure()
-        self._plan = plan
-        self._experts = open_hosts(plan, find(plan.namespace)) if plan.expert_hosts else None
+        self._plan, self._directory = plan, find(plan.namespace)
+        self._experts = open_hosts(plan, self._directory) if plan.expert_hosts else None
         self._supervisor = Supervisor(
             model=plan.model,
             holder=serve.get_replica_context().replica_id.unique_id,
             node=node_address(plan.loopback),
             start_leader=self._start_leader,
-            router=find(plan.namespace),
+            router=self._directory,
+            patience_s=plan.heartbeat_timeout,
             silence_s=max(10.0, 5 * plan.heartbeat_timeout),
             companion=self._experts,
         )
         try:
             await self._supervisor.start()
+            self._refuse_an_upgrade_that_failed()
         except BaseException:
             await self._supervisor.abandon()
             raise
         self._running = asyncio.create_task(self._supervisor.run(), name="supervise")
+        self._lending = asyncio.create_task(self._lend_texts(), name="lend texts")
+
+    def _refuse_an_upgrade_that_failed(self) -> None:
+        """Else Serve would go on and replace what works. Raises UnderstudyError."""
+        report = self._supervisor.report
+        if self._plan.upgrade and report is not None and report.stage == "failed":
+            raise FROM_KIND.get(report.error_kind, InternalError)(report.error)
+
+    async def _lend_texts(self) -> None:
+        """Gateways get tokenizer and template from the router, which may lose them."""
+        plan, texts = self._plan, Texts(self._plan.generation, self._plan.files)
+        while True:
+            info = self._supervisor.report.info if self._supervisor.report is not None else None
+            try:
+                if info is not None:
+                    await self._directory.lend_texts(plan.model, info.model_fingerprint, texts)
+            except ConnectionError as error:
+                log.info("the router did not take the text files: %s", error)
+            await asyncio.sleep(_LEND_S)
 
     def _start_leader(self, claim: Claim) -> RayLeader | RankGroup:
         engine = self._plan.engine
@@ -149,9 +185,10 @@ class Replica:
     def _leader(self, engine: EngineConfig, claim: Claim, **options: Any) -> RayLeader:
         plan = self._plan
         actor = leader_actor(num_cpus=plan.leader_cpus, num_gpus=plan.leader_gpus, **options)
-        build = build_fake_engine if plan.fake else build_real_engine
+        build = partial(build_fake_engine, rows=plan.fake_rows) if plan.fake else build_real_engine
         wire = partial(make_wire, claim=claim, secret=plan.secret, host="127.0.0.1" if plan.loopback else "")
-        return RayLeader(actor.remote(engine, build, wire))
+        actor_made = actor.remote(engine, build, wire, step_timeout_s=plan.step_timeout, ordered=time.time())
+        return RayLeader(actor_made)
 
     def _group(self, engine: EngineConfig, claim: Claim) -> RankGroup:
         plan, place = self._plan, RankPlace(self._plan)
@@ -178,23 +215,47 @@ class Replica:
         if running is None:
             return
         running.cancel()
+        self._lending.cancel()
         ended = await self._supervisor.leave(self._plan.drain_s)
         log.info("drained%s", "" if ended else f"; streams were left after {self._plan.drain_s:g} s")
 
 
-def deployment(plan: ReplicaPlan) -> Any:
-    """`Replica` for one model, bound."""
+def deployment(plan: ReplicaPlan, present: int | None = None) -> Any:
+    """`Replica` for one model, bound. `present` are the replicas that an autoscaled model has already."""
     from ray import serve
 
+    more = _number(plan, present)
+    if plan.upgrade:  # Serve goes no further after so many in a row
+        more["max_constructor_retry_count"] = _UPGRADE_TRIES
     made: Any = serve.deployment(
         Replica,
         name="replica-" + re.sub(r"[^\w.-]", "-", plan.model),  # becomes part of file names
-        num_replicas=plan.replicas,
         ray_actor_options={"num_cpus": SUPERVISOR_CPUS, "resources": REPLICA_PLACE if plan.by_role else {}},
         health_check_period_s=0.5,
         health_check_timeout_s=30.0,
         graceful_shutdown_timeout_s=plan.drain_s + 15.0,
         graceful_shutdown_wait_loop_s=0.05,
         logging_config=serve_logging(plan.logs),
+        max_surge_percent=plan.surge_percent,
+        **more,
     )
     return made.bind(plan)
+
+
+def _number(plan: ReplicaPlan, present: int | None) -> dict[str, Any]:
+    """How many replicas Serve keeps: a number, or what our policy says. Serve's own delays are none: ours hold."""
+    if plan.replicas.fixed:
+        return {"num_replicas": plan.replicas.least}
+    from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+
+    kwargs = {"model": plan.model, "namespace": plan.namespace, "goal": dataclasses.asdict(plan.goal)}
+    scaling = AutoscalingConfig(
+        min_replicas=plan.replicas.least,
+        max_replicas=plan.replicas.most,
+        initial_replicas=plan.replicas.first if present is None else present,
+        upscale_delay_s=0.0,
+        downscale_delay_s=0.0,
+        downscale_to_zero_delay_s=0.0,
+        policy=AutoscalingPolicy(policy_function="cluster.policy:ReplicaPolicy", policy_kwargs=kwargs),  # type: ignore[no-untyped-call]
+    )
+    return {"autoscaling_config": scaling}

@@ -9,15 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 
 from cluster import app
 from cluster.config import ServiceConfig
@@ -27,7 +24,9 @@ from cluster.local import LocalRay, join, local_directory
 from cluster.logs import configure
 from cluster.plan import Plan, machine_cpus, make_plan, reachable_host
 from cluster.redis import Announcer, RedisServer, own_server
+from cluster.renewal import Reload, Renewal
 from cluster.roster import Member
+from cluster.signals import Signals, Stopped
 from router.interceptors import Tokens
 from router.server import address, probe_port
 from understudy.errors import FROM_KIND, ConfigError, InternalError, UnderstudyError
@@ -38,15 +37,13 @@ _POLL_S = 0.1
 _KEPT_RUNS = 10  # directories of logs
 
 
-class Stopped(Exception):
-    """Somebody asked the service to end before it was ready."""
-
-
-def run(config: ServiceConfig, console: Console) -> int:
+def run(config: ServiceConfig, console: Console, reload: Reload | None = None) -> int:
     """Serves until a signal comes; the exit code. Raises UnderstudyError when the service cannot start.
 
-    Must run on the main thread.
+    On SIGHUP `reload` reads the configuration again, and models that have changed in it are replaced. Must run on the
+    main thread.
     """
+    asked = config
     config = with_free_ports(config)
     check_files(config)
     config, redis = own_server(config, local_directory())
@@ -54,19 +51,22 @@ def run(config: ServiceConfig, console: Console) -> int:
         console.say(f"warning: {note}")
     logs = new_log_directory()
     plan = make_plan(config, machine_cpus(), logs / "serve")
-    signals = Signals()
+    signals = Signals(reloads=reload is not None)
+    renewal = None if reload is None else Renewal(asked, reload, console, signals)
     with signals, console.quiet(logs / "serve.log", config.verbose):
         configure(logging.DEBUG if config.verbose else logging.INFO)
         if not config.verbose:
             console.say(f"logs: {logs}")
         with suppress(Stopped):
-            _serve(plan, redis, logs, console, signals)
+            _serve(plan, redis, logs, console, signals, renewal)
         console.done()
         console.say("understudy: stopped")
     return 0
 
 
-def _serve(plan: Plan, redis: RedisServer | None, logs: Path, console: Console, signals: Signals) -> None:
+def _serve(
+    plan: Plan, redis: RedisServer | None, logs: Path, console: Console, signals: Signals, renewal: Renewal | None
+) -> None:
     with _ray(plan.gateway.config, logs, console, signals), ExitStack() as stack:
         signals.install()  # Ray has set its own meanwhile
         signals.check()
@@ -80,7 +80,8 @@ def _serve(plan: Plan, redis: RedisServer | None, logs: Path, console: Console, 
             stack.callback(Announcer(directory, redis).stop)
         try:
             _start(plan, directory, console, signals)
-            signals.wait()
+            while signals.wait() and renewal is not None:
+                plan = renewal.run(plan, directory)
         except Stopped:
             pass
         except UnderstudyError:
@@ -140,7 +141,7 @@ def _start(plan: Plan, directory: Directory, console: Console, signals: Signals)
         raise_failure(members)
         if all_ready(members, plan):
             break
-        app.check()
+        app.check(plan)
         console.stage(*progress_of(members))
         time.sleep(_POLL_S)
     config = plan.gateway.config
@@ -164,7 +165,7 @@ def all_ready(members: list[Member], plan: Plan) -> bool:
     """Whether every replica and gateway that is wanted is ready."""
     for replicas in plan.replicas:
         mine = [m for m in members if m.role == "replica" and m.model == replicas.model and m.stage == "ready"]
-        if len(mine) < replicas.replicas:
+        if len(mine) < replicas.replicas.first:
             return False
     gateways = [m for m in members if m.role == "gateway" and m.stage == "ready"]
     return len(gateways) >= plan.gateway.config.gateways
@@ -188,7 +189,7 @@ def complete_one_token(config: ServiceConfig, plan: Plan) -> None:
     from understudy.client import Client
 
     with Client(address(reachable_host(config), config.port), token=first_token(config.tokens)) as client:
-        for model in plan.gateway.wanted:
+        for model in plan.gateway.models:
             for _ in client.generate([0], model=model, max_tokens=1, ignore_eos=True, timeout=60.0):
                 pass
 
@@ -268,45 +269,3 @@ def new_log_directory() -> Path:
     for old in sorted(p for p in root.iterdir() if p.is_dir())[:-_KEPT_RUNS]:
         shutil.rmtree(old, ignore_errors=True)
     return directory
-
-
-class Signals:
-    """SIGINT and SIGTERM: the first asks to drain, the second not to wait."""
-
-    def __init__(self) -> None:
-        self._asked = threading.Event()
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> Signals:
-        self._before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-        self.install()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def install(self) -> None:
-        """Takes the signals."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def ignore(self) -> None:
-        """What is left takes a moment and has to be done."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-
-    def _handle(self, _number: int, _frame: FrameType | None) -> None:
-        if self._asked.is_set():
-            raise Stopped
-        self._asked.set()
-
-    def check(self) -> None:
-        """Raises Stopped where a signal has come."""
-        if self._asked.is_set():
-            raise Stopped
-
-    def wait(self) -> None:
-        """Until a signal comes."""
-        while not self._asked.wait(1.0):
-            pass

@@ -138,8 +138,7 @@ class _Stream:
                 await context.abort(grpc.StatusCode.ABORTED, f"no ping for {server.lease_s:g} s: the session is closed")
             if now >= next_beat:
                 next_beat = now + server.beat_s
-                if not server.loop.wedged:  # a wedged engine is silent, so that gateways go elsewhere
-                    messages.append(Beat(server.epoch, server.loop.stats()))
+                messages.append(Beat(server.epoch, server.loop.stats(), server.loop.trouble()))
             if messages:
                 async with asyncio.timeout(server.lease_s):
                     await context.write(encode(messages))

@@ -12,12 +12,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from router.channels import Attempt, ChannelPool, Link
 from router.clock import Clock, sleep
+from router.local import LOCAL_LEASE
 from router.state import Assignment, Query, RouterPort
+from router.suspects import CLEARING_TOKENS, Suspicion
 from router.validate import ValidRequest
 from understudy.errors import DeadlineExceeded, InternalError, InvalidRequest, ModelNotFound, Overloaded, Unavailable
 from workers.cache.events import hints
@@ -26,8 +29,6 @@ from workers.engine import EngineInfo, FinishReason, SequenceOutput, TokenLogpro
 
 log = logging.getLogger(__name__)
 
-# A request under which this many replicas in a row were lost before they gave it a token is not sent to a next one.
-MAX_BARREN = 3
 _INLINE_TOKENS = 4096  # hashing a longer prompt takes over half a millisecond: it is done in a thread
 
 
@@ -50,19 +51,35 @@ class Batch:
 
 @dataclass(frozen=True)
 class Patience:
-    """Seconds: `first` for a replica of a new stream, `again` for one to go on at, `retry` between tries; and how
-    many tokens may wait for a slow client before its stream is parked, all its sequences together."""
+    """Seconds: `first` for a replica of a new stream, `again` for one to go on at, `retry` between the first tries and
+    `most_retry` between later ones; and how many tokens may wait for a slow client before its stream is parked, all its
+    sequences together."""
 
     first: float = 2.0
-    again: float = 15.0
+    again: float = 300.0
     retry: float = 0.1
+    most_retry: float = 0.5
     buffered_tokens: int = 4096
 
 
-class Dispatcher:
-    """Opens streams. One per gateway, used from its event loop."""
+class Superseded(Unavailable):
+    """The version of the model that a request was checked for has no replica any more, and another one has. Nothing of
+    its answer was made: it can be checked for that one."""
 
-    def __init__(self, router: RouterPort, pool: ChannelPool, clock: Clock, patience: Patience | None = None) -> None:
+
+class Dispatcher:
+    """Opens streams. One per gateway, used from its event loop. `superseded` says of a model and a fingerprint whether
+    only other versions have replicas."""
+
+    def __init__(
+        self,
+        router: RouterPort,
+        pool: ChannelPool,
+        clock: Clock,
+        patience: Patience | None = None,
+        superseded: Callable[[str, str], bool] = lambda _model, _fingerprint: False,
+    ) -> None:
+        self.superseded = superseded
         self.router = router
         self.pool = pool
         self.clock = clock
@@ -70,6 +87,7 @@ class Dispatcher:
         self.streams: set[Stream] = set()
         self.failovers = 0
         self._leases: list[int] = []
+        self._cleared: list[int] = []
         self._releasing: asyncio.Task[None] | None = None
 
     def open(
@@ -81,18 +99,36 @@ class Dispatcher:
         self.streams.add(stream)
         return stream
 
+    async def want(self, model: str, request: str) -> None:
+        """Lets the router know that somebody waits for the first replica of a model."""
+        with suppress(ConnectionError, Unavailable, ModelNotFound, Overloaded):
+            query = Query(model, 0, request=f"{self.pool.gateway}/{request}")
+            self.release((await self.router.assign(query)).lease)
+
     def release(self, lease: int) -> None:
         """Gives an assignment back, soon."""
         self._leases.append(lease)
+        self._tell_router()
+
+    def clear(self, lease: int) -> None:
+        """Lets the router know, soon, that a suspect has got on."""
+        self._cleared.append(lease)
+        self._tell_router()
+
+    def _tell_router(self) -> None:
         if self._releasing is None or self._releasing.done():
             self._releasing = asyncio.create_task(self._release(), name="release leases")
 
     async def _release(self) -> None:
-        while self._leases:
+        while self._leases or self._cleared:
             leases, self._leases = self._leases, []
+            cleared, self._cleared = self._cleared, []
             try:
-                await self.router.release(leases)
-            except ConnectionError as error:  # harmless: grants settle by themselves
+                if cleared:
+                    await self.router.clear(cleared)
+                if leases:
+                    await self.router.release(leases)
+            except ConnectionError as error:  # harmless: grants settle by themselves, and probation ends
                 log.info("%d leases not released: %s", len(leases), error)
 
     async def close(self) -> None:
@@ -105,25 +141,25 @@ class Dispatcher:
 
 @dataclass(slots=True)
 class _Place:
-    """A replica that some sequences of a stream run on together."""
+    """A replica that some sequences of a stream run on together. `suspected`: until one of them has got on."""
 
     link: Link
     to: Assignment
     sequences: int
+    suspected: bool
 
 
 class _Sequence:
     """One of a stream's sequences: what it has, and where it runs now. Without an attempt it waits for a place."""
 
-    __slots__ = ("attempt", "barren", "done", "errors", "index", "place", "tokens")
+    __slots__ = ("attempt", "begun", "done", "index", "place", "tokens")
 
     def __init__(self, index: int, received: list[int]) -> None:
         self.index = index
         self.tokens = list(received)
         self.attempt: Attempt | None = None
         self.place: _Place | None = None
-        self.errors = 0  # of the engine
-        self.barren = 0  # replicas in a row that were lost under it before they gave it a token
+        self.begun = 0  # tokens that it had when it came to its place
         self.done = False
 
 
@@ -138,15 +174,17 @@ class Stream:
     ) -> None:
         self._owner = owner
         self._request = request
+        self._id = owner.pool.attempt_id(request.request_id)
         self.info: EngineInfo | None = None  # of the first replica; those that follow have its weights and arithmetic
         self._pinned = request.pinned
         self._sequences = {i: _Sequence(i, request.received_of(i)) for i in indexes}
         self._turns = deque(self._sequences.values())
         # A stream that goes on elsewhere has told them.
         self._wants_prompt = request.prompt_logprobs is not None and request.pinned is None
-        self._family = owner.pool.attempt_id(request.request_id) if len(self._sequences) > 1 else ""
+        self._family = self._id if len(self._sequences) > 1 else ""
         self._buffered = max(owner.patience.buffered_tokens // max(len(self._sequences), 1), 32)
         self._excluded: list[tuple[str, int]] = []
+        self._suspicion = Suspicion()
         self._placing: asyncio.Task[None] | None = None
         self._placed = False
         self._expired = self._abandoned = False
@@ -158,8 +196,8 @@ class Stream:
         """What has come of one sequence, waiting where nothing has. Sequences take turns.
 
         Raises DeadlineExceeded after everything made until then, and so InvalidRequest where the request's own rules
-        end an answer; Overloaded and Unavailable when no replica can be had, InternalError when the engine failed on a
-        sequence twice, or several replicas were lost under it.
+        end an answer; Overloaded and Unavailable when no replica can be had, InternalError when the engine failed, or
+        the replica was lost, twice while nothing else can have been the reason.
         """
         while True:
             batch = self._take()
@@ -235,7 +273,8 @@ class Stream:
     async def _place(self, waiting: list[_Sequence]) -> None:
         """Finds a replica for these sequences together, and starts each there after the tokens that we have."""
         owner = self._owner
-        give_up = owner.clock.now() + (owner.patience.again if self._placed else owner.patience.first)
+        patience, request = owner.patience, self._request
+        give_up, pause = owner.clock.now() + (patience.again if self._placed else patience.first), patience.retry
         while True:
             try:
                 await self._try_place(waiting)
@@ -243,12 +282,15 @@ class Stream:
             except (Unavailable, Overloaded, ModelNotFound, ConnectionError) as error:
                 if isinstance(error, Overloaded) and not self._placed:
                     raise
+                if self._pinned is None and owner.superseded(request.model, request.fingerprint):
+                    raise Superseded(f"{request.model!r} is being upgraded; try again shortly") from error
                 if owner.clock.now() >= give_up:
                     why = "none can be reached" if isinstance(error, ConnectionError) else error
                     raise Unavailable(f"no replica can take this stream: {why}; try again shortly") from error
                 if not isinstance(error, ConnectionError):
                     self._excluded.clear()  # nobody else is there: a replica that was silent may be back
-            await sleep(owner.clock, owner.patience.retry)
+            await sleep(owner.clock, pause)
+            pause = min(1.25 * pause, max(patience.retry, patience.most_retry))
 
     async def _try_place(self, waiting: list[_Sequence]) -> None:
         owner, request, pinned = self._owner, self._request, self._pinned
@@ -256,10 +298,12 @@ class Stream:
             request.model,
             len(request.prompt) + sum(len(s.tokens) for s in waiting),
             tuple(self._excluded),
-            *(pinned if pinned is not None else ("", "")),
+            *(pinned if pinned is not None else (request.fingerprint, "")),
             keys=await self._keys(waiting),
             sequences=len(waiting),
             priority=request.priority,
+            together=self._suspicion.together,
+            request=f"{owner.pool.gateway}/{request.request_id}",
         )
         to = await owner.router.assign(query)
         try:
@@ -267,6 +311,8 @@ class Stream:
             same = (link.info.model_fingerprint, link.info.numerics_id)
             if pinned is not None and same != pinned:
                 raise ConnectionError(f"replica {to.replica} has other weights or arithmetic than was promised")
+            if pinned is None and request.fingerprint not in ("", same[0]):
+                raise ConnectionError(f"replica {to.replica} has another version of the model than was asked for")
             self._start(waiting, link, to)
         except BaseException as error:
             owner.release(to.lease)
@@ -281,6 +327,7 @@ class Stream:
         there is no choice or no use of them."""
         request = self._request
         infos = [link.info for link in self._owner.pool.alive() if link.info.model == request.model]
+        infos = [i for i in infos if request.fingerprint in ("", i.model_fingerprint)]
         infos = [i for i in infos if self._pinned in (None, (i.model_fingerprint, i.numerics_id))]
         if len(infos) < 2 or request.bypass_prefix_cache or self._wants_prompt:
             return b""
@@ -300,17 +347,17 @@ class Stream:
         if link.lost is not None:
             raise ConnectionError(link.lost)
         owner = self._owner
-        place = _Place(link, to, 0)
+        place = _Place(link, to, 0, self._suspicion.together > 0)
         for sequence in waiting:
             if sequence.done:
                 continue
-            attempt = Attempt(owner.pool.attempt_id(self._request.request_id), self._wake, self._buffered)
+            attempt = Attempt(owner.pool.attempt_id(self._request.request_id), self._wake, self._buffered, self._id)
             prompt = self._wants_prompt and place.sequences == 0
             link.open(
                 self._request.to_engine(attempt.id, sequence.index, list(sequence.tokens), self._family, prompt),
                 attempt,
             )
-            sequence.attempt, sequence.place = attempt, place
+            sequence.attempt, sequence.place, sequence.begun = attempt, place, len(sequence.tokens)
             place.sequences += 1
         if not place.sequences:
             owner.release(to.lease)
@@ -327,21 +374,32 @@ class Stream:
             self._owner.release(place.to.lease)
 
     def _lose(self, sequence: _Sequence, attempt: Attempt, place: _Place) -> None:
-        """The sequence has to go on elsewhere. Raises InternalError where it kills replicas, before all are dead."""
+        """The sequence has to go on elsewhere. Raises InternalError where the request alone can be the reason."""
         request_id = self._request.request_id
-        sequence.barren += attempt.broken
-        if sequence.barren >= MAX_BARREN:
-            log.error("request %s: %d replicas in a row were lost under it", request_id, sequence.barren)
-            raise InternalError(f"{sequence.barren} replicas in a row were lost under request {request_id}")
         log.warning(
             "request %s leaves replica %s after %d tokens of sequence %d: %s",
             request_id, place.to.replica, len(sequence.tokens), sequence.index, attempt.lost,
         )  # fmt: skip
         life = (place.to.replica, place.to.epoch)
-        if life not in self._excluded:  # once for all the sequences that it held
+        first = life not in self._excluded  # once for all the sequences that it held
+        if first and attempt.crowd:  # where no router has kept others away, nobody was alone for sure
+            self._suspicion.fell(attempt.crowd + (place.to.lease == LOCAL_LEASE))
+        self._leave(sequence)
+        if self._suspicion.guilty:
+            log.error("request %s is refused: %s", request_id, attempt.lost)
+            raise InternalError(
+                f"request {request_id} is not tried again: {self._suspicion.alone} times its replica failed while "
+                "nothing else can have been the reason; the service's log says how, under this id"
+            )
+        if first:
             self._excluded.append(life)
             self._owner.failovers += 1
-        self._leave(sequence)
+
+    def _clear(self, place: _Place) -> None:
+        """A sequence there has got on: the request is not what a replica died of."""
+        place.suspected = False
+        self._suspicion.clear()
+        self._owner.clear(place.to.lease)
 
     # Tokens.
 
@@ -377,9 +435,11 @@ class Stream:
                 batch.prompt_logprobs, self._wants_prompt = output.prompt_logprobs, False
             if output.finish is not None:
                 batch.finish = self._end(sequence, output, attempt)
-        if batch.token_ids:
-            sequence.tokens += batch.token_ids
-            sequence.barren = 0
+        sequence.tokens += batch.token_ids
+        place = sequence.place
+        got_on = batch.finish is not None or len(sequence.tokens) - sequence.begun >= CLEARING_TOKENS
+        if got_on and place is not None and place.suspected:
+            self._clear(place)
         if batch.finish is not None:
             self.finish(sequence.index)
         if batch.token_ids or batch.finish is not None or batch.cached_tokens is not None:
@@ -387,16 +447,13 @@ class Stream:
         return None
 
     def _end(self, sequence: _Sequence, output: SequenceOutput, attempt: Attempt) -> FinishReason | None:
-        """How the engine's end counts here: a cancellation that we did not ask for, and a first failure, are a
-        replica lost."""
+        """How the engine's end counts here: a cancellation that we did not ask for is a replica lost, and a failure is
+        one for which this request, or another of its step, may be the reason."""
         if output.finish is FinishReason.ERROR:
             if output.field:
                 self._refused = self._refused or InvalidRequest(output.error, output.field)
                 return None
-            sequence.errors += 1
             log.error("request %s: the engine failed: %s", self._request.request_id, output.error)
-            if sequence.errors > 1:
-                raise InternalError(f"the engine failed on request {self._request.request_id}")
             attempt.lost = output.error
             return None
         if output.finish is FinishReason.CANCELLED:

@@ -6,23 +6,26 @@ A call's way: `interceptors` → `validate` → `dispatch` (→ `channels` → l
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from router.answer import Answer
-from router.bounds import check_token_ids, show
+from router.bounds import check_token_ids
 from router.channels import ChannelPool, Connect, Timing
 from router.chat.service import Chats, Plan
 from router.chat.service import Context as ChatContext
-from router.clock import Clock, LoopClock
-from router.dispatch import Batch, Dispatcher, Patience, Stream
+from router.clock import Clock, LoopClock, sleep
+from router.dispatch import Batch, Dispatcher, Patience, Stream, Superseded
+from router.health import USABLE, Health, judge
 from router.interceptors import CallInterceptor, Tokens, current_call
 from router.local import FallbackRouter, LocalRouter
 from router.metrics import Metrics
@@ -31,7 +34,8 @@ from router.server import GatewayConfig, bind, server_options
 from router.state import Assignment, ReplicaView, RouterPort, State
 from router.stops import StopStrings
 from router.validate import ValidRequest, valid_request_id, validate
-from understudy.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, Overloaded
+from router.versions import Models
+from understudy.errors import DeadlineExceeded, Overloaded
 from understudy.v1 import inference_pb2 as pb
 from understudy.v1 import inference_pb2_grpc
 from workers.engine import FinishReason
@@ -41,35 +45,6 @@ log = logging.getLogger(__name__)
 SERVICE = "understudy.v1.Inference"
 _INLINE = 2048  # bytes, characters or ids up to which work on them does not deserve a thread
 T = TypeVar("T")
-
-
-class Models:
-    """The models that a gateway answers for, by name."""
-
-    def __init__(self, models: Iterable[ServedModel] = ()) -> None:
-        self._models = {m.name: m for m in models}
-
-    def put(self, model: ServedModel) -> None:
-        """Adds a model or replaces the one of that name."""
-        self._models[model.name] = model
-
-    def remove(self, name: str) -> None:
-        self._models.pop(name, None)
-
-    def all(self) -> list[ServedModel]:
-        return list(self._models.values())
-
-    def find(self, name: str) -> ServedModel:
-        """The model of that name; the only one where the name is empty. Raises ModelNotFound, InvalidRequest."""
-        if name:
-            if name not in self._models:
-                raise ModelNotFound(f"no model named {show(name)} is served; ListModels names those that are")
-            return self._models[name]
-        if len(self._models) == 1:
-            return next(iter(self._models.values()))
-        if not self._models:
-            raise ModelNotFound("no model is served yet; try again shortly")
-        raise InvalidRequest(f"is empty; {len(self._models)} models are served, name one of ListModels", "model")
 
 
 class InferenceService:
@@ -87,12 +62,28 @@ class InferenceService:
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
         """Streams one completion."""
-        await self._generate(request, self._models.find(request.model), context)
+        while True:
+            with contextlib.suppress(Superseded):  # an upgrade: nothing was sent yet
+                model = await self._find(request.model, request.resume.model_fingerprint, request.request_id)
+                return await self._generate(request, model, context)
 
     async def Chat(self, request: pb.ChatRequest, context: Any) -> None:
         """Streams one answer in a conversation."""
-        plan = await self._chats.plan(request, self._models.find(request.model))
-        await self._generate(plan.request, plan.model, ChatContext(plan.answer, context), plan)
+        while True:
+            with contextlib.suppress(Superseded):
+                model = await self._find(request.model, request.resume.model_fingerprint, request.request_id)
+                plan = await self._chats.plan(request, model)
+                return await self._generate(plan.request, plan.model, ChatContext(plan.answer, context), plan)
+
+    async def _find(self, name: str, fingerprint: str = "", request_id: str = "") -> ServedModel:
+        """The model that is meant, waiting for its first replica where it never had one. Raises ModelNotFound,
+        InvalidRequest, Unavailable."""
+        patience, request_id = self._dispatcher.patience, request_id or current_call.get().request_id
+        give_up = self._clock.now() + patience.first
+        while self._models.missing(name) and self._clock.now() < give_up:
+            await self._dispatcher.want(name or self._models.expected_one, request_id)
+            await sleep(self._clock, patience.most_retry)
+        return self._models.find(name, fingerprint)
 
     async def _generate(
         self, request: pb.GenerateRequest, model: ServedModel, context: Any, plan: Plan | None = None
@@ -115,12 +106,12 @@ class InferenceService:
         stream = self._dispatcher.open(valid, deadline, answer.to_make)
         had = answer.completion_tokens
         self._metrics.active.inc()
-        self._metrics.prompt_tokens.labels(model.name).inc(len(valid.prompt))
         try:
             await self._pump(stream, answer, context, started)
         finally:
             stream.close()
             self._metrics.active.dec()
+            self._metrics.prompt_tokens.labels(model.name).inc(len(valid.prompt) if stream.info is not None else 0)
             self._metrics.completion_tokens.labels(model.name).inc(answer.completion_tokens - had)
             call.notes.update(prompt_tokens=len(valid.prompt), completion_tokens=answer.completion_tokens)
             if answer.finished:
@@ -175,7 +166,7 @@ class InferenceService:
 
     async def Tokenize(self, request: pb.TokenizeRequest, _context: Any) -> pb.TokenizeResponse:
         """Encodes text."""
-        model = self._models.find(request.model)
+        model = await self._find(request.model)
         special = request.add_special_tokens if request.HasField("add_special_tokens") else True
 
         def encode() -> pb.TokenizeResponse:
@@ -187,7 +178,7 @@ class InferenceService:
 
     async def Detokenize(self, request: pb.DetokenizeRequest, _context: Any) -> pb.DetokenizeResponse:
         """Decodes token ids."""
-        model = self._models.find(request.model)
+        model = await self._find(request.model)
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
 
         def decode() -> pb.DetokenizeResponse:
@@ -258,20 +249,21 @@ class Gateway:
         clock = clock if clock is not None else LoopClock()
         self.pool = ChannelPool(connect, self.name, clock, timing)
         self._router = FallbackRouter(router, LocalRouter(self.pool, secrets.SystemRandom()), clock)
-        self.dispatcher = Dispatcher(self._router, self.pool, clock, patience)
-        self._health = health.aio.HealthServicer()
+        self.dispatcher = Dispatcher(self._router, self.pool, clock, patience, self.models.superseded)
+        self.health = Health(SERVICE, self.metrics.serving)
+        self.told: dict[str, dict[str, str]] = {}  # by model and replica: the last words of those that are gone
+        self.can_start = False  # a replica comes when it is asked for: none is needed to be of use
+        self._views: list[ReplicaView] = []
         self._chats = Chats()
         self._server: Any = None
         self._watching: asyncio.Task[None] | None = None
         self._connecting: dict[str, asyncio.Task[None]] = {}
-        self._usable: set[tuple[str, int]] = set()  # replica and epoch
-        self._serving: bool | None = None
         self._counted_failovers = self._counted_alone = 0
         self.port = 0
 
-    def put_model(self, model: ServedModel) -> None:
-        """Answers for this model from now on."""
-        self.models.put(model)
+    def put_model(self, model: ServedModel, order: int = 0) -> None:
+        """Answers for this version of a model from now on. The larger `order` is the newer."""
+        self.models.put(model, order)
 
     async def start(self) -> int:
         """Listens; the port. Raises ConfigError where it cannot: port taken, certificate unreadable."""
@@ -280,7 +272,7 @@ class Gateway:
         server: Any = grpc.aio.server(interceptors=[interceptor], options=server_options(self._config))
         service = InferenceService(self.models, self.dispatcher, self.metrics, self._config, self._chats)
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         self.port = bind(server, self._config)
         await self.refresh()
@@ -295,8 +287,7 @@ class Gateway:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
-        for service in ("", SERVICE):
-            await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self.health.end()
         if server is not None:
             stopping = asyncio.create_task(server.stop(grace_s + 1.0))
             await asyncio.wait([stopping], timeout=grace_s)
@@ -323,7 +314,7 @@ class Gateway:
         """Connects to ready replicas, drops those that are gone, tells health and metrics."""
         views = await self._router.replicas()
         await self.pool.prune()
-        self._usable = {(v.replica, v.epoch) for v in views if v.state is not State.DRAINING}
+        self._views = views
         self._connecting = {name: task for name, task in self._connecting.items() if not task.done()}
         linked = {(k.replica, k.epoch) for k in self.pool.alive()}
         for view in views:
@@ -351,12 +342,11 @@ class Gateway:
         self._connecting[view.replica] = asyncio.create_task(connect(), name=f"connect {view.replica}")
 
     async def _tell_health(self) -> None:
-        ready = sum((k.replica, k.epoch) in self._usable for k in self.pool.alive())
-        self.metrics.ready_replicas.set(ready)
-        serving = ready > 0 and bool(self.models.all())
-        if serving == self._serving:
-            return
-        self._serving = serving
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in ("", SERVICE):
-            await self._health.set(service, status)
+        links = self.pool.alive()
+        ready = {(v.replica, v.epoch) for v in self._views if v.state in USABLE}
+        usable = [k.info for k in links if (k.replica, k.epoch) in ready]
+        self.models.weigh(Counter((i.model, i.model_fingerprint) for i in usable))
+        self.metrics.ready_replicas.set(len(usable))
+        names = dict.fromkeys(m.name for m in self.models.all())
+        verdicts = {name: judge(name, self._views, links, self.told.get(name)) for name in names}
+        await self.health.put(verdicts, self.can_start)

@@ -55,6 +55,9 @@ class LocalRouter:
     async def release(self, leases: Sequence[int]) -> None:
         """Grants nothing that would have to come back."""
 
+    async def clear(self, leases: Sequence[int]) -> None:
+        """Lets suspects go wherever there is room: it is asked for moments only."""
+
     async def replicas(self) -> list[ReplicaView]:
         return [
             ReplicaView(k.replica, self.addresses.get(k.replica, ""), k.epoch, State.READY, k.info, k.stats, k.silent_s)
@@ -112,6 +115,14 @@ class FallbackRouter:
             return await self._alone(query, self._lost)
         except Unavailable:
             raise error from None
+
+    async def clear(self, leases: Sequence[int]) -> None:
+        own = [n for n in leases if n != LOCAL_LEASE]
+        if own and self.reachable:
+            try:
+                await self._router.clear(own)
+            except ConnectionError as error:
+                self._down(error)
 
     async def release(self, leases: Sequence[int]) -> None:
         own = [n for n in leases if n != LOCAL_LEASE]

@@ -13,10 +13,12 @@ import msgspec
 import numpy as np
 
 from router.admission import Limits, admit
+from router.demand import DemandMeter, ModelDemand
 from router.index import IndexStats, PrefixIndex
 from router.ledger import Lease, Ledger
 from router.policy import PREFILL_RATE, Class, Fleet, Mask, Reason, Reuse, choose, outlook, reason
 from router.rates import Rates
+from router.suspects import Probation
 from understudy.errors import ModelNotFound, Overloaded, Unavailable
 from workers.cache.events import Changes
 from workers.engine import EngineInfo, EngineStats
@@ -30,7 +32,9 @@ class Query(msgspec.Struct, frozen=True):
 
     `exclude` are lives (replica, epoch) that just failed this request. Where `fingerprint` and `numerics_id` are set,
     only replicas with both will do (a stream that goes on). `keys` name the prompt's full blocks, first one first:
-    `workers.cache.events.hints`. `sequences` go there together, and share the prompt.
+    `workers.cache.events.hints`. `sequences` go there together, and share the prompt. `together`: how many suspects may
+    be at one replica, this request included; 0: it is none (`router.suspects`). `request` names who asks, so that one
+    that asks again and again while there is no replica counts once.
     """
 
     model: str
@@ -41,6 +45,8 @@ class Query(msgspec.Struct, frozen=True):
     keys: bytes = b""
     sequences: int = 1
     priority: int = 0
+    together: int = 0
+    request: str = ""
 
 
 class Assignment(msgspec.Struct, frozen=True):
@@ -56,12 +62,13 @@ class State(StrEnum):
     """Life of a replica, in the words of the Admin API."""
 
     READY = "READY"
+    STALLED = "STALLED"
     DRAINING = "DRAINING"
     LOST = "LOST"
 
 
 class ReplicaView(msgspec.Struct, frozen=True):
-    """A replica as the router sees it."""
+    """A replica as the router sees it. `cause` says why it is not READY, where somebody knows."""
 
     replica: str
     address: str
@@ -71,17 +78,20 @@ class ReplicaView(msgspec.Struct, frozen=True):
     stats: EngineStats
     silent_s: float
     node: str = ""
+    cause: str = ""
 
 
 class RouterFigures(msgspec.Struct, frozen=True):
     """What a router has done since it began. `decisions` by `policy.Reason`; `refused` requests found no room;
-    `reused_tokens` of prompts were taken to be on the chosen replica's device, in its host's memory, in the store."""
+    `reused_tokens` of prompts were taken to be on the chosen replica's device, in its host's memory, in the store;
+    `suspects` are under way now (`router.suspects`)."""
 
     decisions: dict[str, int]
     refused: int
     reused_tokens: dict[str, int]
     leases: int
     index: IndexStats
+    suspects: int = 0
 
 
 class RouterPort(Protocol):
@@ -91,6 +101,9 @@ class RouterPort(Protocol):
 
     async def release(self, leases: Sequence[int]) -> None:
         """The streams of these assignments have ended. Unknown ones are ignored."""
+
+    async def clear(self, leases: Sequence[int]) -> None:
+        """These were suspects and have got on. Unknown ones are ignored."""
 
     async def replicas(self) -> list[ReplicaView]:
         """Everything that is registered, lost ones included."""
@@ -111,6 +124,7 @@ class _Entry:
     node: str
     last_heard: float
     draining: bool = False
+    trouble: str = ""
     stats: EngineStats = field(default_factory=EngineStats)
     rates: Rates = field(default_factory=Rates)
     ledger: Ledger = field(default_factory=Ledger)
@@ -145,11 +159,13 @@ class Router:
         self._leases: dict[int, Lease] = {}
         self._streams: dict[int, tuple[int, float]] = {}  # lease -> slot and moment of granting, until released
         self._numbers = itertools.count(1)
+        self._probation = Probation()
         self._same: dict[tuple[str, str, str], Mask] = {}
         self._usual: dict[str, Rates] = {}  # of a model, for replicas that have measured nothing yet
         self._decisions: Counter[str] = Counter(dict.fromkeys(Reason, 0))
         self._reused: Counter[str] = Counter(device=0, host=0, store=0)
         self._refused = 0
+        self._asked = DemandMeter()
 
     # What replicas say.
 
@@ -160,7 +176,7 @@ class Router:
             return False
         now = self._clock.now()
         if known is not None and known.epoch == epoch:  # said twice
-            known.address, known.info, known.node, known.draining = address, info, node, False
+            known.address, known.info, known.node, known.draining, known.trouble = address, info, node, False, ""
             self._hear(known, now)
         else:
             if known is not None:
@@ -175,9 +191,11 @@ class Router:
         self._same.clear()
         return True
 
-    def beat(self, replica: str, epoch: int, stats: EngineStats, changes: Changes | None = None) -> bool:
-        """A replica lives; its counts, and what has changed in its cache. False where it is not registered with that
-        epoch: it must register again."""
+    def beat(
+        self, replica: str, epoch: int, stats: EngineStats, changes: Changes | None = None, trouble: str = ""
+    ) -> bool:
+        """A replica lives; its counts, what has changed in its cache, and what keeps it from making tokens. False where
+        it is not registered with that epoch: it must register again."""
         entry = self._replicas.get(replica)
         if entry is None or entry.epoch != epoch:
             return False
@@ -187,13 +205,20 @@ class Router:
             self._put_rates(entry)
         elif not entry.rates.prefill.seconds:
             self._put_rates(entry)
-        entry.stats = stats
+        entry.stats, entry.trouble = stats, trouble
         self._hear(entry, now)
         self._fleet.hear(entry.slot, stats)
         self._settle(entry, now)
         if changes is not None:
             self._index.take(entry.slot, changes)
         return True
+
+    def stall(self, replica: str, epoch: int, trouble: str) -> None:
+        """A replica makes no tokens at present, say those who watch it; until it beats again."""
+        entry = self._replicas.get(replica)
+        if entry is not None and entry.epoch == epoch:
+            entry.trouble = trouble
+            self._hear(entry, self._clock.now())
 
     def wanted(self, replica: str, epoch: int) -> int:
         """Which of the cache's changes is to come next; 0, all of them, where nothing is known."""
@@ -223,12 +248,19 @@ class Router:
         now, rank, fleet = self._clock.now(), Class.of(query.priority), self._fleet
         self._expire(now)
         ready = fleet.ready_until >= now
-        fitting = self._fitting(query, ready)
         try:
-            allowed = admit(fleet, fitting, ready, self._limits, rank, now)
+            allowed = admit(fleet, self._fitting(query, ready), ready, self._limits, rank, now)
         except Overloaded:
             self._refused += 1
+            self._asked.refused(query.model, now)
             raise
+        except (ModelNotFound, Unavailable):
+            self._asked.unserved(query.model, query.request, now)
+            raise
+        if query.together:
+            allowed &= self._probation.room(len(fleet), query.together)
+            if not allowed.any():
+                raise Unavailable("others under which a replica was lost are being tried first; try again shortly")
         match = self._index.match(query.keys, len(fleet)) if query.keys else None
         size = fleet.block_tokens
         reuse = None if match is None else Reuse(match.device * size, match.host * size, match.store * size)
@@ -245,25 +277,41 @@ class Router:
         now = self._clock.now()
         for number in leases:
             self._forget(number)
+            self._probation.leave(number)
             self._index.ended(number, now)
             slot, since = self._streams.pop(number, (-1, 0.0))
             if slot >= 0:
                 stay = self._fleet.stay
                 stay[slot] = now - since if stay[slot] == 0 else 0.9 * stay[slot] + 0.1 * (now - since)
 
+    def clear(self, leases: Sequence[int]) -> None:
+        """These were suspects and have got on. Unknown ones are ignored."""
+        for number in leases:
+            self._probation.leave(number)
+
     def snapshot(self) -> list[ReplicaView]:
         """Every replica, in the order of registration."""
         now = self._clock.now()
         return [
-            ReplicaView(name, e.address, e.epoch, self._state(e), e.info, e.stats, now - e.last_heard, e.node)
+            ReplicaView(
+                name, e.address, e.epoch, self._state(e), e.info, e.stats, now - e.last_heard, e.node, self._cause(e)
+            )
             for name, e in self._replicas.items()
         ]
 
     def figures(self) -> RouterFigures:
         """What it has done so far."""
         return RouterFigures(
-            dict(self._decisions), self._refused, dict(self._reused), len(self._leases), self._index.stats()
-        )
+            dict(self._decisions), self._refused, dict(self._reused), len(self._leases), self._index.stats(),
+            len(self._probation),
+        )  # fmt: skip
+
+    def demand(self) -> dict[str, ModelDemand]:
+        """What is asked of each model that has a replica, or was asked for."""
+        now = self._clock.now()
+        self._expire(now)
+        entries = [e for e in self._replicas.values() if self._state(e) is State.READY]
+        return self._asked.demand(self._fleet, [(e.slot, e.info, e.stats) for e in entries], now)
 
     @property
     def leases(self) -> int:
@@ -275,11 +323,18 @@ class Router:
     def _state(self, entry: _Entry) -> State:
         if self._clock.now() - entry.last_heard > self._timeout:
             return State.LOST
+        if entry.trouble:
+            return State.STALLED
         return State.DRAINING if entry.draining else State.READY
+
+    def _cause(self, entry: _Entry) -> str:
+        silent = self._clock.now() - entry.last_heard
+        return f"silent for {silent:.1f} s" if silent > self._timeout else entry.trouble
 
     def _hear(self, entry: _Entry, now: float) -> None:
         entry.last_heard = now
-        self._fleet.ready_until[entry.slot] = -np.inf if entry.draining else now + self._timeout
+        takes_none = entry.draining or entry.trouble
+        self._fleet.ready_until[entry.slot] = -np.inf if takes_none else now + self._timeout
 
     def _free_slot(self) -> int:
         slot = next(i for i in itertools.count() if i not in self._names)
@@ -294,6 +349,7 @@ class Router:
         del self._replicas[replica], self._names[entry.slot]
         self._fleet.clear(entry.slot)
         self._index.forget(entry.slot)
+        self._probation.forget(entry.slot)
         self._same.clear()
 
     def _fitting(self, query: Query, ready: Mask) -> Mask:
@@ -331,6 +387,7 @@ class Router:
     def _grant(self, slot: int, query: Query, rank: Class, work: float, now: float) -> Assignment:
         name, number = self._names[slot], next(self._numbers)
         entry, fleet = self._replicas[name], self._fleet
+        self._asked.granted(query.model, query.request, work, now)
         saved = max(query.prompt_tokens * fleet.pace_of(slot) - work, 0.0)
         lease = Lease(slot, query.prompt_tokens, work, saved, rank, query.sequences, now)
         self._leases[number] = entry.ledger.open[number] = lease
@@ -342,6 +399,8 @@ class Router:
         fleet.assigned[slot] += work
         ahead = fleet.ahead[: rank + 1, slot]
         ahead[:] = np.maximum(ahead, now) + work
+        if query.together:
+            self._probation.enter(number, slot, query.together, now)
         if query.keys:
             self._index.expect(number, slot, query.keys, now)
         return Assignment(name, entry.address, entry.epoch, number)
@@ -382,6 +441,7 @@ class Router:
     def _expire(self, now: float) -> None:
         """Forgets grants whose replica never reported again. They are kept in the order of granting."""
         self._index.expire(now)
+        self._probation.expire(now)
         while self._leases:
             number, lease = next(iter(self._leases.items()))
             if lease.granted_at >= now - LEASE_S:

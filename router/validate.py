@@ -30,7 +30,7 @@ class ValidRequest:
 
     `received` are the tokens that the client already has of a stream that goes on here, by sequence: one that is not
     there starts anew. `pinned` are the model fingerprint and numerics id that it must go on with; None where the
-    stream begins here.
+    stream begins here. `fingerprint` is that of the version that it was checked for; empty where any will do.
     """
 
     request_id: str
@@ -56,6 +56,7 @@ class ValidRequest:
     pinned: tuple[str, str] | None
     grammar: Grammar | None = None
     interjection: Interjection | None = None
+    fingerprint: str = ""
 
     def received_of(self, index: int) -> list[int]:
         """What the client has of one sequence."""
@@ -272,6 +273,7 @@ def validate(
         priority=request.priority,
         received=received,
         pinned=pinned,
+        fingerprint=info.model_fingerprint,
     )
 
 

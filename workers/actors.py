@@ -12,14 +12,16 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 
 from understudy.errors import Unavailable, UnderstudyError
 from workers.cache.events import Changes
-from workers.engine import Engine, EngineConfig, EngineInfo, EngineStats, Request, StepOutput
+from workers.engine import Engine, EngineConfig, EngineInfo, EngineStats
 from workers.engine.loop import EngineLoop
+from workers.engine.pulse import Pulse, one_sequence
 from workers.experts.placement import DispatchReport, HostsView
 from workers.parallel.errors import GroupBroken
 from workers.parallel.meeting import Meeting, join, offer
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 Stage = Literal["starting", "loading", "warming", "ready", "draining", "failed"]
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
 _STOP_S = 10.0  # for the step under way
+_LAST_WORDS_S = 0.2  # for what it told last to reach gateways
 BuildEngine = Callable[..., Engine]  # of (config, progress), and of a group where there are other ranks
 
 
@@ -52,10 +55,25 @@ class WireServer(Protocol):
 WireFactory = Callable[[EngineLoop], WireServer]
 
 
+class ColdStart(msgspec.Struct, frozen=True):
+    """How long a start took, by its parts, in seconds: until the process ran; importing torch and the engine; kernels,
+    and weights read and packed; the rest of the engine, its cache above all; the first tokens, and listening."""
+
+    process_s: float = 0.0
+    imports_s: float = 0.0
+    weights_s: float = 0.0
+    engine_s: float = 0.0
+    warm_up_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        return self.process_s + self.imports_s + self.weights_s + self.engine_s + self.warm_up_s
+
+
 class LeaderReport(msgspec.Struct, frozen=True):
     """A leader as its supervisor sees it. `done` is the share of `stage` in [0, 1]; `step_age_s` is how long the
-    step under way has been running, in seconds; `error` is set where `stage` is failed. `changes` of its cache are
-    there where they were asked for."""
+    step under way has been running, in seconds; `trouble` is what keeps it from making tokens at present; `error` is
+    set where `stage` is failed. `changes` of its cache are there where they were asked for."""
 
     stage: Stage
     done: float
@@ -71,6 +89,8 @@ class LeaderReport(msgspec.Struct, frozen=True):
     experts: DispatchReport | None = None  # where its experts are elsewhere
     ranks: tuple[tuple[int, str], ...] = ()  # process id and node of rank 1 and the following, where there are some
     changes: Changes | None = None
+    trouble: str = ""
+    cold_start: ColdStart | None = None  # once it is ready
 
 
 class RankReport(msgspec.Struct, frozen=True):
@@ -83,9 +103,15 @@ class RankReport(msgspec.Struct, frozen=True):
 
 
 def build_real_engine(config: EngineConfig, progress: Progress, group: Group | None = None) -> Engine:
-    """The engine of a checkpoint, at rank 0 of its group; brings torch into the process."""
+    """The engine of a checkpoint, at rank 0 of its group. Brings torch into the process; then `progress` hears of
+    (0, 1)."""
+    from workers.model.ahead import read_ahead
+
+    read_ahead(Path(config.model_dir))
+    import workers.engine.runner  # noqa: F401  -- takes seconds, in which the weights come from the disk
     from workers.engine.build import build_engine
 
+    progress(0, 1)
     return build_engine(config, progress, group)
 
 
@@ -93,17 +119,30 @@ class Leader:
     """Builds an engine in this process and serves it. Its methods run on one event loop.
 
     `start` returns when the engine makes tokens; `report` answers at any time. `threads` is set before anything
-    that reads OMP_NUM_THREADS is imported.
+    that reads OMP_NUM_THREADS is imported. A step that runs for longer than `step_timeout_s` seconds is given up.
+    `ordered`: when the process was asked for, by the clock on the wall.
     """
 
     def __init__(
-        self, config: EngineConfig, build: BuildEngine, wire: WireFactory, *, own_process: bool = True
+        self,
+        config: EngineConfig,
+        build: BuildEngine,
+        wire: WireFactory,
+        *,
+        own_process: bool = True,
+        step_timeout_s: float = 60.0,
+        ordered: float | None = None,
     ) -> None:
+        self._process_s = 0.0 if ordered is None else max(0.0, time.time() - ordered)
+        self._imported = self._read = 0.0  # moments of the start
+        self._cold_start: ColdStart | None = None
         if own_process:
             os.environ["OMP_NUM_THREADS"] = str(config.threads or os.cpu_count() or 1)
         self._config = config
         self._build = build
         self._make_wire = wire
+        self._step_timeout_s = step_timeout_s
+        self._pulse: asyncio.Task[None] | None = None
         self._stage: Stage = "starting"
         self._done = 0.0
         self._error: BaseException | None = None
@@ -123,15 +162,18 @@ class Leader:
         `meeting`: where the other ranks are, of which this one is the first.
         """
         try:
-            self._stage = "loading"
+            self._stage, begun = "loading", time.monotonic()
             engine = await asyncio.to_thread(self._make, meeting)
+            built = time.monotonic()
             self._experts = getattr(engine, "experts", None)
-            self._loop = EngineLoop(engine, on_error=self._fail)
+            self._loop = EngineLoop(engine, wedged_after_s=self._step_timeout_s, on_error=self._fail)
             self._stage, self._done = "warming", 0.0
             await warm_up(self._loop)
             self._wire = self._make_wire(self._loop)
             self._address = await self._wire.start()
+            self._note_start(begun, built)
             self._stage, self._done = "ready", 1.0
+            self._pulse = asyncio.create_task(Pulse(self._loop).run(), name="pulse")
         except Exception as error:
             if not isinstance(error, UnderstudyError):
                 log.exception("the engine could not be built")
@@ -139,6 +181,16 @@ class Leader:
             if self._group is not None:  # the others wait for this rank
                 self._group.abort(f"rank 0 failed: {error}")
         return self.report_now()
+
+    def _note_start(self, begun: float, built: float) -> None:
+        imported, read = self._imported or built, self._read or built
+        self._cold_start = start = ColdStart(
+            self._process_s, imported - begun, read - imported, built - read, time.monotonic() - built
+        )
+        log.info(
+            "started in %.2f s: process %.2f, imports %.2f, weights %.2f, engine %.2f, first tokens %.2f",
+            start.total_s, start.process_s, start.imports_s, start.weights_s, start.engine_s, start.warm_up_s,
+        )  # fmt: skip
 
     def _make(self, meeting: Meeting | None) -> Engine:
         if meeting is None:
@@ -164,9 +216,11 @@ class Leader:
             stats=loop.stats(),
             step_age_s=loop.last_step_age(),
             wedged=loop.wedged,
+            trouble=loop.trouble(),
             gateways=len(self._wire.gateways) if self._wire is not None else 0,
             experts=self._experts.report() if self._experts is not None else None,
             changes=None if wanted is None else loop.journal.since(wanted),
+            cold_start=self._cold_start,
         )
 
     async def place_experts(self, view: bytes) -> None:
@@ -183,21 +237,24 @@ class Leader:
         return await asyncio.to_thread(self._loop.drain, time.monotonic() + seconds)
 
     async def stop(self) -> None:
-        """Cancels what is left and gives everything back; the log says what the engine then still holds, or that it
-        did not end. Idempotent."""
+        """Cancels what is left, so that it goes on elsewhere, and gives everything back; the log says what the engine
+        then still holds, or that it did not end. Idempotent."""
         loop, self._loop = self._loop, None
         wire, self._wire = self._wire, None
+        if self._pulse is not None:
+            self._pulse.cancel()
+        if loop is not None:
+            if not await asyncio.to_thread(loop.stop, _STOP_S):
+                log.error("the engine was left behind: its step did not end within %g s", _STOP_S)
+            elif loop.error is not None:
+                log.error("the engine did not end well: %s", loop.error)
         if wire is not None:
-            await wire.stop()
-        if loop is None:
-            return
-        if not await asyncio.to_thread(loop.stop, _STOP_S):
-            log.error("the engine was left behind: its step did not end within %g s", _STOP_S)
-        elif loop.error is not None:
-            log.error("the engine did not end well: %s", loop.error)
+            await wire.stop(_LAST_WORDS_S)
 
     def _progress(self, done: int, total: int) -> None:
         self._done = done / total if total else 0.0
+        self._read = time.monotonic()
+        self._imported = self._imported or self._read
 
     def _fail(self, error: BaseException) -> None:
         self._error, self._stage = error, "failed"
@@ -278,21 +335,7 @@ async def warm_up(loop: EngineLoop) -> None:
 
     Raises RuntimeError when it fails.
     """
-    here = asyncio.get_running_loop()
-    ended: asyncio.Future[str] = here.create_future()
-
-    def finish(error: str) -> None:
-        if not ended.done():
-            ended.set_result(error)
-
-    def sink(output: StepOutput) -> None:
-        for sequence in output.outputs:
-            if sequence.finish is not None:
-                here.call_soon_threadsafe(finish, sequence.error)
-
-    with loop.attach(sink) as session:
-        session.submit(Request("warm-up", [0, 0, 0], 2, bypass_prefix_cache=True))
-        error = await ended
+    error = await one_sequence(loop, "warm-up", 2)
     if error:
         raise RuntimeError(f"the engine cannot make a token: {error}")
 

@@ -56,17 +56,15 @@ def status(
     typer.echo(f"understudy {found.version}, up for {found.uptime_s:,.0f} s")
     common.table(
         "models",
-        ("model", "ready", "wanted", "fingerprint", "numerics"),
-        [
-            (m.name, str(m.replicas_ready), str(m.replicas_wanted), m.model_fingerprint[:12], m.numerics_id)
-            for m in found.models
-        ],
+        ("model", "ready", "wanted", "between", "because", "fingerprint", "numerics"),
+        [_model(m) for m in found.models],
     )
     common.table(
         "replicas",
         ("id", "model", "state", "node", "epoch", "running", "waiting", "tokens made", "cache", "hits", "drafts"),
         [_replica(replica) for replica in found.replicas],
     )
+    _store(list(found.replicas))
     _router(found.router)
     for placement in found.experts:
         show(placement)
@@ -74,6 +72,20 @@ def status(
         "processes",
         ("role", "pid", "node", "replica", "rank"),
         [(p.role, str(p.pid), p.node, p.replica, str(p.rank) if p.role == "shard" else "") for p in found.processes],
+    )
+
+
+def _model(model: admin_pb2.ModelStatus) -> tuple[str, ...]:
+    least, most, scaling = model.replicas_least, model.replicas_most, model.scaling
+    because = f"{scaling.detail or scaling.reason.replace('_', ' ')}, {scaling.age_s:,.0f} s ago"
+    return (
+        model.name,
+        str(model.replicas_ready),
+        str(model.replicas_wanted),
+        f"{least} and {most}" if least != most else "-",
+        because if model.HasField("scaling") else "-",
+        model.model_fingerprint[:12] + (f" and {model.versions - 1} more" if model.versions > 1 else ""),
+        model.numerics_id,
     )
 
 
@@ -99,6 +111,19 @@ def _replica(replica: admin_pb2.Replica) -> tuple[str, ...]:
         hits,
         f"{replica.accepted_tokens / replica.drafted_tokens:.0%}" if replica.drafted_tokens else "-",
     )
+
+
+def _store(replicas: list[admin_pb2.Replica]) -> None:
+    """What was loaded from behind the devices; nothing where no replica ever did or wrote."""
+    rows = []
+    for replica in replicas:
+        c = replica.cache
+        if any((c.host_loaded_bytes, c.store_loaded_bytes, c.store_loads_given_up, c.store_writes_dropped)):
+            loaded = [(c.host_loaded_bytes, c.host_load_seconds), (c.store_loaded_bytes, c.store_load_seconds)]
+            shown = [f"{size / 1e6:,.1f} MB in {seconds:,.2f} s" if size else "-" for size, seconds in loaded]
+            rows.append((replica.id, *shown, f"{c.store_loads_given_up:,}", f"{c.store_writes_dropped:,}"))
+    if rows:
+        common.table("prefix store", ("replica", "from the host", "from Redis", "given up", "writes dropped"), rows)
 
 
 def _router(router: admin_pb2.RouterStatus) -> None:

@@ -13,11 +13,13 @@ class ReplicaState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REPLICA_STATE_READY: _ClassVar[ReplicaState]
     REPLICA_STATE_DRAINING: _ClassVar[ReplicaState]
     REPLICA_STATE_LOST: _ClassVar[ReplicaState]
+    REPLICA_STATE_STALLED: _ClassVar[ReplicaState]
 REPLICA_STATE_UNSPECIFIED: ReplicaState
 REPLICA_STATE_STARTING: ReplicaState
 REPLICA_STATE_READY: ReplicaState
 REPLICA_STATE_DRAINING: ReplicaState
 REPLICA_STATE_LOST: ReplicaState
+REPLICA_STATE_STALLED: ReplicaState
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()
@@ -60,7 +62,7 @@ class CacheStatus(_message.Message):
     def __init__(self, blocks_total: _Optional[int] = ..., blocks_in_use: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., block_tokens: _Optional[int] = ..., bytes_total: _Optional[int] = ..., hit_tokens: _Optional[int] = ..., queried_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., host_hit_tokens: _Optional[int] = ..., store_hit_tokens: _Optional[int] = ..., host_loaded_bytes: _Optional[int] = ..., host_load_seconds: _Optional[float] = ..., store_loaded_bytes: _Optional[int] = ..., store_load_seconds: _Optional[float] = ..., store_loads_given_up: _Optional[int] = ..., store_writes_dropped: _Optional[int] = ...) -> None: ...
 
 class Replica(_message.Message):
-    __slots__ = ("id", "model", "state", "node", "epoch", "running", "waiting", "generated_tokens", "cache", "cause", "drafted_tokens", "accepted_tokens", "prefill_rate")
+    __slots__ = ("id", "model", "state", "node", "epoch", "running", "waiting", "generated_tokens", "cache", "cause", "drafted_tokens", "accepted_tokens", "prefill_rate", "cold_start")
     ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +76,7 @@ class Replica(_message.Message):
     DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_RATE_FIELD_NUMBER: _ClassVar[int]
+    COLD_START_FIELD_NUMBER: _ClassVar[int]
     id: str
     model: str
     state: ReplicaState
@@ -87,7 +90,8 @@ class Replica(_message.Message):
     drafted_tokens: int
     accepted_tokens: int
     prefill_rate: float
-    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cache: _Optional[_Union[CacheStatus, _Mapping]] = ..., cause: _Optional[str] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., prefill_rate: _Optional[float] = ...) -> None: ...
+    cold_start: ColdStart
+    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cache: _Optional[_Union[CacheStatus, _Mapping]] = ..., cause: _Optional[str] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., prefill_rate: _Optional[float] = ..., cold_start: _Optional[_Union[ColdStart, _Mapping]] = ...) -> None: ...
 
 class Process(_message.Message):
     __slots__ = ("role", "pid", "node", "replica", "rank")
@@ -104,18 +108,50 @@ class Process(_message.Message):
     def __init__(self, role: _Optional[str] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., replica: _Optional[str] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class ModelStatus(_message.Message):
-    __slots__ = ("name", "model_fingerprint", "numerics_id", "replicas_ready", "replicas_wanted")
+    __slots__ = ("name", "model_fingerprint", "numerics_id", "replicas_ready", "replicas_wanted", "replicas_least", "replicas_most", "versions", "scaling")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     NUMERICS_ID_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_READY_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_WANTED_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_LEAST_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_MOST_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    SCALING_FIELD_NUMBER: _ClassVar[int]
     name: str
     model_fingerprint: str
     numerics_id: str
     replicas_ready: int
     replicas_wanted: int
-    def __init__(self, name: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., numerics_id: _Optional[str] = ..., replicas_ready: _Optional[int] = ..., replicas_wanted: _Optional[int] = ...) -> None: ...
+    replicas_least: int
+    replicas_most: int
+    versions: int
+    scaling: Scaling
+    def __init__(self, name: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., numerics_id: _Optional[str] = ..., replicas_ready: _Optional[int] = ..., replicas_wanted: _Optional[int] = ..., replicas_least: _Optional[int] = ..., replicas_most: _Optional[int] = ..., versions: _Optional[int] = ..., scaling: _Optional[_Union[Scaling, _Mapping]] = ...) -> None: ...
+
+class Scaling(_message.Message):
+    __slots__ = ("reason", "detail", "age_s")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    detail: str
+    age_s: float
+    def __init__(self, reason: _Optional[str] = ..., detail: _Optional[str] = ..., age_s: _Optional[float] = ...) -> None: ...
+
+class ColdStart(_message.Message):
+    __slots__ = ("process_s", "imports_s", "weights_s", "engine_s", "warm_up_s")
+    PROCESS_S_FIELD_NUMBER: _ClassVar[int]
+    IMPORTS_S_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_S_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_S_FIELD_NUMBER: _ClassVar[int]
+    WARM_UP_S_FIELD_NUMBER: _ClassVar[int]
+    process_s: float
+    imports_s: float
+    weights_s: float
+    engine_s: float
+    warm_up_s: float
+    def __init__(self, process_s: _Optional[float] = ..., imports_s: _Optional[float] = ..., weights_s: _Optional[float] = ..., engine_s: _Optional[float] = ..., warm_up_s: _Optional[float] = ...) -> None: ...
 
 class ExpertHost(_message.Message):
     __slots__ = ("name", "life", "state", "node", "pid", "held", "capacity", "rows")

@@ -193,10 +193,12 @@ class SequenceOutput(msgspec.Struct, array_like=True):
 
 
 class StepOutput(msgspec.Struct, array_like=True, tag=True):
-    """One step's tokens for one session: at most one entry per sequence."""
+    """One step's tokens for one session: at most one entry per sequence. `lost`: the engine as a whole has failed, and
+    nothing more will come."""
 
     step: int
     outputs: list[SequenceOutput]
+    lost: str = ""
 
 
 class EngineInfo(msgspec.Struct, frozen=True):

@@ -59,9 +59,9 @@ class FakeEngine:
     """Keeps the contract of `Engine`.
 
     `step_s` is how long a step takes: seconds, or a function of its rows; it is spent in `sleep`. `answer` gives the
-    tokens of a request's answer from its start (`generated` included); after them comes the first EOS id, or,
-    without one, hashed tokens. More than
-    `max_running` sequences wait.
+    tokens of a request's answer from its start (`generated` included); after them comes the first EOS id, or, without
+    one, hashed tokens. More than `max_running` sequences wait. `fatal` is asked about every request and how many tokens
+    of its answer there are, before one is made: true ends the engine, with everybody's tokens of that step.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class FakeEngine:
         model: str = "fake",
         fingerprint: str = "fake",
         numerics_id: str = "fake",
+        fatal: Callable[[Request, int], bool] | None = None,
     ) -> None:
         self._info = EngineInfo(
             model=model,
@@ -96,6 +97,7 @@ class FakeEngine:
         self._step_s = step_s if callable(step_s) else lambda _rows, seconds=step_s: seconds
         self._sleep = sleep
         self._answer = answer
+        self._fatal = fatal
         self._waiting: dict[str, Request] = {}
         self._running: dict[str, _Running] = {}
         self._ended: list[SequenceOutput] = []  # cancelled or refused, told by the next step
@@ -155,6 +157,9 @@ class FakeEngine:
             seconds = self._step_s(rows)
             if seconds > 0:
                 self._sleep(seconds)
+        for sequence in ready:
+            if self._fatal is not None and self._fatal(sequence.request, sequence.made):
+                raise RuntimeError("the engine died of a request, on demand")
         outputs += [self._advance(sequence) for sequence in ready]
         return outputs
 

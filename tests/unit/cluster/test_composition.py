@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import signal
 import socket
 from pathlib import Path
 from unittest.mock import create_autospec
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from cluster.admin import describe
+from cluster.autoscale import Decision, Why
+from cluster.catalog import Catalog, Known, Library, Texts
 from cluster.config import ServiceConfig, load
 from cluster.console import Console
 from cluster.local import join
 from cluster.metrics import ReplicaMetrics
-from cluster.plan import make_plan, unpack
+from cluster.plan import late_keys, make_plan, renew, unpack
 from cluster.roster import Claim, Member, ProcessInfo
 from cluster.serve import (
     Signals,
@@ -67,11 +71,11 @@ def gateway(stage: str = "ready") -> Member:
 def test_a_plan_shares_the_machine_and_crosses_the_cluster(config: ServiceConfig) -> None:
     plan = make_plan(config, 8, Path("logs"))
     assert pickle.loads(pickle.dumps(plan)) == plan
-    assert [(r.model, r.replicas, r.engine.threads) for r in plan.replicas] == [("a", 2, 2), ("b", 2, 2)]
+    assert [(r.model, r.replicas, r.engine.threads) for r in plan.replicas] == [("a", (2, 2), 2), ("b", (2, 2), 2)]
     assert {r.engine.cache_bytes for r in plan.replicas} == {1 << 30}
     assert {r.secret for r in plan.replicas} == {plan.gateway.secret}
-    assert plan.gateway.wanted == {"a": 2, "b": 2}
-    assert unpack(plan.gateway.files["a"]) == {"config.json": b"{}", "tokenizer.json": b'{"some": "text"}'}
+    assert plan.gateway.models == {"a": (2, 2), "b": (2, 2)}
+    assert unpack(plan.replicas[0].files) == {"config.json": b"{}", "tokenizer.json": b'{"some": "text"}'}
     assert make_plan(config, 8).gateway.secret != plan.gateway.secret
     assert {r.engine.threads for r in make_plan(config, 1).replicas} == {1}
 
@@ -219,7 +223,7 @@ def test_status_joins_the_router_and_the_roster() -> None:
         replica("b-0", "failed", error="no such file"),
         gateway(),
     ]
-    status = describe(views, members, {"a": 2, "b": 1})
+    status = describe(views, members, Known(Catalog(1, {"a": (2, 2), "b": (1, 1)})))
     assert [(m.name, m.replicas_ready, m.replicas_wanted) for m in status.models] == [("a", 1, 2), ("b", 0, 1)]
     assert [(r.id, r.epoch, pb.ReplicaState.Name(r.state), r.cause) for r in status.replicas] == [
         ("a-0", 1, "REPLICA_STATE_READY", ""),
@@ -264,3 +268,76 @@ def test_replicas_figures_are_exported() -> None:
         "understudy_router_index_gaps_total 1.0",
     ):
         assert line in text
+
+
+def test_status_says_how_many_are_wanted_and_why() -> None:
+    old, new = view("a-0"), view("a-1")
+    new = msgspec.structs.replace(new, info=msgspec.structs.replace(new.info, model_fingerprint="new"))
+    decided = {"a": Decision(3, Why.QUEUE, "prompts of 9 s wait", 4.0)}
+    known = Known(Catalog(1, {"a": (0, 4), "b": (0, 1)}), {"a": {"fake": 1, "new": 2}}, decided)
+    a, b = describe([old, new], [], known).models
+    assert (a.replicas_ready, a.replicas_wanted, a.replicas_least, a.replicas_most) == (2, 3, 0, 4)
+    assert (a.model_fingerprint, a.versions) == ("new", 2)
+    assert (a.scaling.reason, a.scaling.detail, a.scaling.age_s) == ("queue", "prompts of 9 s wait", 4.0)
+    assert (b.replicas_wanted, b.HasField("scaling"), b.versions) == (1, False, 0)
+    registry, metrics = CollectorRegistry(), ReplicaMetrics()
+    registry.register(metrics)
+    metrics.known, metrics.views = known, [old, new]
+    text = generate_latest(registry).decode()
+    for line in (
+        'understudy_model_replicas_wanted{model="a"} 3.0',
+        'understudy_model_replicas_most{model="a"} 4.0',
+        'understudy_model_replicas_ready{model="a"} 2.0',
+        'understudy_model_replicas_ready{model="b"} 0.0',
+        'understudy_model_scaling{model="a",reason="queue"} 1.0',
+    ):
+        assert line in text
+
+
+def test_only_what_changed_gets_another_plan(config: ServiceConfig, checkpoint: Path, tmp_path: Path) -> None:
+    plan = make_plan(config, 8)
+    other = tmp_path / "n"
+    shutil.copytree(checkpoint, other)
+    flags = {"replicas": 2, "cache_bytes": "1GiB"}
+    same = renew(plan, load({"model": [f"a={checkpoint}", f"b={checkpoint}"], **flags}), 8)
+    assert [s is p for s, p in zip(same.replicas, plan.replicas, strict=True)] == [True, True]
+    after = renew(plan, load({"model": [f"a={other}", f"b={checkpoint}", f"c={other}"], **flags, "port": 1}), 8)
+    a, b, c = after.replicas
+    assert b is plan.replicas[1]
+    assert (a.upgrade, c.upgrade, b.upgrade) == (True, False, False)
+    assert a.generation > plan.replicas[0].generation
+    assert {a.secret, c.secret} == {plan.gateway.secret}
+    assert after.gateway.config.port == plan.gateway.config.port
+    assert after.gateway.catalog.generation > plan.gateway.catalog.generation
+    assert after.gateway.catalog.models == {"a": (2, 2), "b": (2, 2), "c": (2, 2)}
+    (checkpoint / "tokenizer.json").write_text('{"other": "text"}')
+    a, b = renew(plan, load({"model": [f"a={checkpoint}", f"b={checkpoint}"], **flags}), 8).replicas
+    assert a.upgrade, "another tokenizer is another version"
+
+
+def test_keys_that_a_running_service_cannot_take_are_named(checkpoint: Path) -> None:
+    before = load({"model": [str(checkpoint)]})
+    after = load({"model": [f"b={checkpoint}"], "port": 7, "drain_seconds": 1})
+    assert late_keys(before, after) == ["port", "drain_seconds"]
+
+
+def test_a_catalog_and_texts_outlive_a_router_that_forgot() -> None:
+    now = [0.0]
+    library = Library(lambda: now[0])
+    first, second = Catalog(1, {"a": (1, 1)}), Catalog(2, {"a": (0, 3)})
+    assert library.exchange(second).catalog == second
+    assert library.exchange(first).catalog == second, "the newer one stays"
+    assert Library(lambda: 0.0).exchange(second).catalog == second, "and who knows it brings it again"
+    assert not library.has("a", "x", 1)
+    library.lend("a", "x", Texts(5, {"f": b"new"}))
+    library.lend("a", "x", Texts(4, {"f": b"old"}))
+    assert library.has("a", "x", 4)
+    found = library.texts("a", "x")
+    assert found is not None
+    assert found.files == {"f": b"new"}
+    for i in range(10, 20):
+        library.lend("a", f"v{i}", Texts(i, {}))
+    assert library.exchange(first).versions == {"a": {f"v{i}": i for i in range(16, 20)}}
+    library.decide({"a": Decision(2, Why.RUNNING, "", 1.0)})
+    now[0] += 5
+    assert library.exchange(first).decisions["a"].age_s == 6.0

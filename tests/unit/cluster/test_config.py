@@ -41,7 +41,7 @@ def test_defaults(model: Path) -> None:
     assert (config.max_streams, config.max_message_bytes) == (4096, 16 << 20)
     assert (config.max_queue, config.max_queued_tokens) == (256, 1 << 20)
     (served,) = config.models
-    assert (served.name, served.path, served.replicas, served.dtype) == ("llama", model, 1, "auto")
+    assert (served.name, served.path, served.replicas, served.dtype) == ("llama", model, (1, 1), "auto")
     assert config.notes == ()
 
 
@@ -96,12 +96,29 @@ def test_each_model_has_its_section(model: Path, write: Any) -> None:
         },
     }
     a, b = load({}, {}, write(tree)).models
-    assert (a.name, a.replicas, a.dtype, a.cache_bytes) == ("a", 3, "float16", 2 << 30)
-    assert (b.name, b.replicas, b.dtype, b.cache_bytes) == ("b", 2, "float32", None)
+    assert (a.name, a.replicas, a.dtype, a.cache_bytes) == ("a", (3, 3), "float16", 2 << 30)
+    assert (b.name, b.replicas, b.dtype, b.cache_bytes) == ("b", (2, 2), "float32", None)
     a, b = load({"replicas": "1"}, {"UNDERSTUDY_DTYPE": "bfloat16"}, write(tree)).models
-    assert {(m.replicas, m.dtype) for m in (a, b)} == {(1, "bfloat16")}, "a flag or variable wins over every section"
+    assert {(m.replicas, m.dtype) for m in (a, b)} == {((1, 1), "bfloat16")}, (
+        "a flag or variable wins over every section"
+    )
     (only,) = load({"model": [f"a={model}"]}, {}, write(tree)).models
-    assert (only.name, only.replicas) == ("a", 3), "a named model keeps its section"
+    assert (only.name, only.replicas) == ("a", (3, 3)), "a named model keeps its section"
+
+
+@pytest.mark.parametrize(
+    ("written", "bounds"),
+    [("2", (2, 2)), ("0:4", (0, 4)), ("1:4", (1, 4)), ("10:59", (10, 59)), ("'3:3'", (3, 3)), ("1:1000", (1, 1000))],
+)
+def test_replicas_between_bounds_are_no_number_of_base_60(
+    model: Path, write: Any, written: str, bounds: tuple[int, int]
+) -> None:
+    file = write(f"models:\n  a:\n    path: {model}\n    replicas: {written}\n    idle_seconds: 5\n")
+    (a,) = load({}, {}, file).models
+    assert (a.replicas, a.idle_seconds) == (bounds, 5)
+    assert (a.replicas.fixed, a.replicas.first) == (bounds[0] == bounds[1], max(1, bounds[0]))
+    (b,) = load({"replicas": written.strip("'")}, {}, file).models
+    assert b.replicas == bounds
 
 
 def test_drafts_of_each_model(model: Path, write: Any) -> None:
@@ -151,8 +168,12 @@ def test_several_models_by_name(model: Path) -> None:
         ({"cache_bytes": "12"}, ["--cache-bytes", "12", "1048576"]),
         ({"dtype": "float8"}, ["--dtype", "float8", "bfloat16"]),
         ({"device": "gpu"}, ["--device", "gpu", "cuda"]),
-        ({"replicas": "1:4"}, ["--replicas", "1:4", "one number"]),
-        ({"replicas": "many"}, ["--replicas", "many", "integer"]),
+        ({"replicas": "many"}, ["--replicas", "many", "write N, or MIN:MAX"]),
+        ({"replicas": "4:1"}, ["--replicas", "4:1", "out of bounds", "MIN from 0"]),
+        ({"replicas": "0"}, ["--replicas", "'0'", "out of bounds"]),
+        ({"replicas": "0:2000"}, ["--replicas", "0:2000", "up to 1000"]),
+        ({"target_first_token": 0}, ["--target-first-token", "0", "0.05"]),
+        ({"surge_percent": 101}, ["--surge-percent", "101", "100"]),
         ({"max_running": 0}, ["--max-running", "0"]),
         ({"speculate": "maybe"}, ["--speculate", "maybe", "ngram"]),
         ({"speculate": "draft"}, ["--speculate", "draft", "--draft-model", "ngram"]),

@@ -119,9 +119,12 @@ def test_groups_have_the_resources_that_processes_ask_for(manifests: list[Manife
     (model,) = config.models
     cluster = one(manifests, "RayService")["spec"]["rayClusterConfig"]
     groups = {g["groupName"]: g for g in cluster["workerGroupSpecs"]}
-    wanted = {"gateways": (config.gateways, GATEWAY_PLACE), "shards": (model.replicas, REPLICA_PLACE | RANK_PLACE)}
+    wanted = {
+        "gateways": (config.gateways, GATEWAY_PLACE),
+        "shards": (model.replicas.least, REPLICA_PLACE | RANK_PLACE),
+    }
     if model.expert_hosts:
-        wanted["expert-hosts"] = (model.replicas * model.expert_hosts, EXPERT_HOST_PLACE)
+        wanted["expert-hosts"] = (model.replicas.least * model.expert_hosts, EXPERT_HOST_PLACE)
     assert set(groups) == set(wanted)
     for name, (count, places) in wanted.items():
         group = groups[name]

@@ -170,7 +170,8 @@ def test_the_command_prints_flags_that_serve_takes(tmp_path: Path) -> None:
     told = json.loads(run(tmp_path, LLAMA_3_8B, *flags, "--json"))
     assert (told["tensor_parallel"], told["replicas"], told["gpus"]) == (2, 4, 8)
     config = load(told["settings"])
-    assert (config.models[0].tensor_parallel, config.models[0].replicas, config.models[0].device) == (2, 4, "cuda")
+    (model,) = config.models
+    assert (model.tensor_parallel, model.replicas.least, model.replicas.most, model.device) == (2, 4, 4, "cuda")
 
 
 def test_the_command_prints_what_the_manifests_take(tmp_path: Path) -> None:

@@ -66,6 +66,15 @@ class Service:
                 return
         raise AssertionError("the service ended before it was ready:\n" + "\n".join(self.output))
 
+    def read_until(self, pattern: str) -> str:
+        """Reads the console until a line that matches, which is returned."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output.append(line.rstrip("\n"))
+            if re.fullmatch(pattern, self.output[-1]):
+                return self.output[-1]
+        raise AssertionError(f"the service ended before it said {pattern}:\n" + "\n".join(self.output))
+
     def client(self, token: str | None = TOKEN) -> Client:
         return Client(self.address, token=token)
 

@@ -1,0 +1,67 @@
+"""Replicas come and go with demand, to none and back. A service of its own, whose engine computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from service_process import Service, make_tiny_llama, running, until
+
+from understudy.v1 import admin_pb2
+
+FLAGS = ["--engine", "fake", "--fake-rows", "200", "--max-running", "4", "--redis-url", "none"]
+SCALING = ["--replicas", "0:2", "--idle-seconds", "3", "--scale-down-seconds", "2", "--drain-seconds", "1"]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    place = tmp_path_factory.mktemp("scaling")
+    model = make_tiny_llama(place)
+    with running(place, ["--model", f"text={model}", *FLAGS, *SCALING]) as made:
+        made.wait_until_ready()
+        yield made
+        assert made.stop()[-1] == "understudy: stopped"
+
+
+def model(service: Service) -> admin_pb2.ModelStatus:
+    (found,) = service.status().models
+    return found
+
+
+def answer(service: Service, seed: int, tokens: int) -> tuple[int, ...]:
+    with service.client(token=None) as client:
+        done = client.complete([1, 2], seed=seed, temperature=1.0, max_tokens=tokens, ignore_eos=True)
+        return done.choices[0].token_ids
+
+
+def test_to_none_and_back(service: Service) -> None:
+    until(lambda: model(service).replicas_wanted == 0)
+    assert model(service).scaling.reason == "idle"
+    until(lambda: not service.status().replicas)
+    roles = {p.role for p in service.status().processes}
+    assert roles == {"gateway", "router"}, "nothing is left of it"
+    assert len(answer(service, 1, 20)) == 20, "who asks then waits for its start"
+    found = model(service)
+    assert (found.replicas_ready, found.replicas_wanted, found.scaling.reason) == (1, 1, "unserved")
+    (replica,) = service.status().replicas
+    assert replica.cold_start.process_s > 0
+    assert service.metric("understudy_model_replicas_wanted") == 1
+    assert service.metric("understudy_replica_cold_start_seconds") > 0
+
+
+def test_more_when_it_is_needed_and_fewer_later_without_losing_a_token(service: Service) -> None:
+    """Streams are longer than a leaving replica's patience: they go on at the other one."""
+    alone = answer(service, 1, 300)
+    with ThreadPoolExecutor(12) as pool:
+        many = [pool.submit(answer, service, seed, 300) for seed in [1] * 12]
+        until(lambda: model(service).replicas_ready == 2)
+        assert model(service).scaling.reason in ("running", "queue", "first_token", "prompts")
+        assert {f.result(120) for f in many} == {alone}
+    with ThreadPoolExecutor(2) as pool:
+        # Two go on, one after the other, while there are fewer replicas in the end.
+        few = [pool.submit(lambda: [answer(service, 1, 300) for _ in range(6)]) for _ in range(2)]
+        until(lambda: model(service).replicas_wanted == 1)
+        until(lambda: len(service.status().replicas) == 1)
+        assert {tokens for f in few for tokens in f.result(120)} == {alone}
+    assert model(service).scaling.reason == "less"
