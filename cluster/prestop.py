@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 _POLL_S = 0.25
-_SERVE_REPLICA = "ray::ServeReplica"  # how Ray names the process of a Serve replica
+_SERVE_REPLICA = "ServeReplica"  # is in the title that Ray gives to the process of a Serve replica
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def serve_replicas(raylet: Raylet) -> list[int]:
     found = []
     for child in children:
         try:
-            if " ".join(child.cmdline()).startswith(_SERVE_REPLICA):
+            title = " ".join(child.cmdline())
+            if title.startswith("ray::") and _SERVE_REPLICA in title:
                 found.append(child.pid)
         except psutil.Error:  # it has ended meanwhile
             continue

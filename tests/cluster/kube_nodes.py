@@ -131,7 +131,10 @@ class Cluster:
         self.gcs_port, self.dashboard_port = free_port(), free_port()
         self.ports = {name: free_port() for name in ("grpc", "metrics", "admin")}
         self.environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
-        self.environment |= {"RAY_worker_niceness": "0", "UNDERSTUDY_CACHE": str(cache_dir().parent)}
+        self.environment |= {
+            "RAY_worker_niceness": "0",
+            "UNDERSTUDY_CACHE": str(cache_dir().parent),
+        }
         self.environment |= {
             f"UNDERSTUDY_{'' if k == 'grpc' else k.upper() + '_'}PORT": str(v) for k, v in self.ports.items()
         }
@@ -143,23 +146,23 @@ class Cluster:
         spec = service["spec"]["rayClusterConfig"]
         try:
             self.head = self._start("head", spec["headGroupSpec"], head=True)
-            until(lambda: self.head.probe("startupProbe") == 200, 120, "the head's startup")
             for group in spec["workerGroupSpecs"]:
                 name = group["groupName"]
                 self.pods[name] = [self._start(f"{name}-{i}", group) for i in range(replicas[name])]
-            for pod in self.workers():
-                until(lambda pod=pod: pod.probe("startupProbe") == 200, 120, f"startup of {pod.name}")
         except BaseException:
             self.stop()
             raise
 
     def _start(self, name: str, group: Manifest, head: bool = False) -> Pod:
-        pod = Pod(self, name, group, head)
-        self._started.append(pod)
-        return pod
-
-    def workers(self) -> list[Pod]:
-        return [pod for pods in self.pods.values() for pod in pods]
+        """Returns when it has started; one that ends instead is replaced, as Kubernetes would: on a busy machine Ray
+        gives up after 30 s. One after the other, or all would starve each other."""
+        for life in range(3):
+            pod = Pod(self, f"{name}-{life}" if life else name, group, head)
+            self._started.append(pod)
+            until(lambda pod=pod: pod.process.poll() is not None or pod.probe("startupProbe") == 200, 240, name)
+            if pod.process.poll() is None:
+                return pod
+        raise AssertionError(f"{name} does not start: {pod.log.read_text()[-2000:]}")
 
     def deploy(self, paths: dict[str, str]) -> None:
         """Hands the application to the head as KubeRay's operator does: the text of the manifest, with paths of pods

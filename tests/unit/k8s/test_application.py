@@ -119,18 +119,19 @@ def test_groups_have_the_resources_that_processes_ask_for(manifests: list[Manife
     (model,) = config.models
     cluster = one(manifests, "RayService")["spec"]["rayClusterConfig"]
     groups = {g["groupName"]: g for g in cluster["workerGroupSpecs"]}
+    few, most = model.replicas
     wanted = {
-        "gateways": (config.gateways, GATEWAY_PLACE),
-        "shards": (model.replicas.least, REPLICA_PLACE | RANK_PLACE),
+        "gateways": (config.gateways, config.gateways, GATEWAY_PLACE),
+        "shards": (few, most, REPLICA_PLACE | RANK_PLACE),
     }
-    if model.expert_hosts:
-        wanted["expert-hosts"] = (model.replicas.least * model.expert_hosts, EXPERT_HOST_PLACE)
+    if hosts := model.expert_hosts:
+        wanted["expert-hosts"] = (few * hosts, most * hosts, EXPERT_HOST_PLACE)
     assert set(groups) == set(wanted)
-    for name, (count, places) in wanted.items():
+    for name, (least, largest, places) in wanted.items():
         group = groups[name]
-        assert group["replicas"] == group["minReplicas"] == count
-        # One more than there are, so that what has to leave can go somewhere first.
-        assert group["maxReplicas"] > count
+        assert group["replicas"] == group["minReplicas"] == least
+        # More than there may be at work, so that what has to leave can go somewhere first.
+        assert group["maxReplicas"] > largest
         assert {k for k in group["resources"] if k != "CPU"} == set(places)
     needs = groups["shards"]["template"]["spec"]["containers"][0]["resources"]["requests"]
     ranks = model.tensor_parallel
