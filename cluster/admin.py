@@ -84,10 +84,10 @@ def describe(views: Sequence[ReplicaView], members: Sequence[Member], known: Kno
         if (start := known.starts.get(v.replica)) is not None:
             shown_replica.cold_start.CopyFrom(pb.ColdStart(**msgspec.structs.asdict(start)))
         response.replicas.append(shown_replica)
-    shown = {(v.replica, v.epoch) for v in views}
+    registered = {(v.replica, v.epoch) for v in views}
     for member in members:
         claim = member.claim
-        if claim is not None and (claim.replica, claim.epoch) not in shown:
+        if claim is not None and (claim.replica, claim.epoch) not in registered:
             response.replicas.append(_unregistered(member, claim))
         for p in member.processes:
             response.processes.add(role=p.role, pid=p.pid, node=p.node, replica=p.replica, rank=p.rank)

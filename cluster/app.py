@@ -36,6 +36,11 @@ def start_serve(plan: Plan) -> Directory:
     from ray import serve
 
     serve.start(proxy_location="Disabled", logging_config=serve_logging(plan.gateway.logs))
+    return start_router(plan)
+
+
+def start_router(plan: Plan) -> Directory:
+    """The router actor, started where there is none."""
     config = plan.gateway.config
     limits = Limits(config.max_queue, config.max_queued_tokens, config.max_service_queue)
     return create(plan.gateway.namespace, config.heartbeat_timeout, limits)

@@ -77,7 +77,8 @@ def serve(
     port: Annotated[int | None, _option("Its port; 0 takes a free one (50051).", _SERVICE)] = None,
     gateways: Annotated[int | None, _option("Gateway processes that share the port (1).", _SERVICE)] = None,
     admin_port: Annotated[int | None, _option("Operators' gRPC, on loopback (50052).", _SERVICE)] = None,
-    metrics_port: Annotated[int | None, _option("Prometheus, on loopback (9464).", _SERVICE)] = None,
+    metrics_port: Annotated[int | None, _option("Prometheus (9464).", _SERVICE)] = None,
+    metrics_host: Annotated[str | None, _option("Where Prometheus may ask (127.0.0.1).", _SERVICE)] = None,
     max_streams: Annotated[int | None, _option("Streams that a gateway carries at once (4096).", _SERVICE)] = None,
     max_message_bytes: Annotated[
         str | None, _option("Size of a request at most (16MiB).", _SERVICE, metavar="SIZE")
@@ -95,6 +96,9 @@ def serve(
     heartbeat_timeout: Annotated[
         float | None, _option("Seconds of silence until a replica counts as lost (2).", _SERVICE)
     ] = None,
+    step_timeout: Annotated[
+        float | None, _option("Seconds that one step may take before its replica is replaced (60).", _SERVICE)
+    ] = None,
     cold_start_seconds: Annotated[
         float | None, _option("How long a request waits for a replica where there is none (300).", _SERVICE)
     ] = None,
@@ -106,6 +110,12 @@ def serve(
     tokens: Annotated[
         Path | None, _option("Bearer tokens, one `TOKEN TENANT [SALT]` per line.", _SECURITY, metavar="FILE")
     ] = None,
+    insecure: Annotated[
+        bool | None,
+        _option(
+            "Listen anywhere without TLS and tokens: only behind something that has them.", _SECURITY, "--insecure"
+        ),
+    ] = None,
     redis_url: Annotated[
         str | None, _option("Redis that keeps prefixes for all replicas; none for none (one of our own).", _CLUSTER)
     ] = None,
@@ -115,8 +125,19 @@ def serve(
     store_key: Annotated[
         Path | None, _option("Secret that signs what is kept in Redis.", _CLUSTER, metavar="FILE")
     ] = None,
+    wire_key: Annotated[
+        Path | None,
+        _option("Secret by which gateways and leaders know each other (drawn at the start).", _CLUSTER, metavar="FILE"),
+    ] = None,
     ray_address: Annotated[
         str | None, _option("Join a running Ray cluster (a local one of our own).", _CLUSTER, metavar="ADDRESS")
+    ] = None,
+    place_by_role: Annotated[
+        bool | None,
+        _option("Only on Ray nodes that have the resources of a process's role.", _CLUSTER, "--place-by-role"),
+    ] = None,
+    otlp_endpoint: Annotated[
+        str | None, _option("Where spans go by OTLP over gRPC, such as http://127.0.0.1:4317 (nowhere).", _CLUSTER)
     ] = None,
     config: Annotated[
         Path | None, _option("The same keys in YAML, and `models:` with a section each.", _CLUSTER, metavar="FILE")
@@ -139,3 +160,51 @@ def serve(
         return load(flags, os.environ, config)
 
     raise typer.Exit(run(read(), Console(), None if config is None else read))
+
+
+def plan(
+    model: Annotated[Path, typer.Option(help="Checkpoint; its config.json is enough.", metavar="DIR")],
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs that there are; 0 plans for CPUs.")] = 0,
+    gpu_memory: Annotated[str, typer.Option(metavar="SIZE", help="Of each of them, such as 80GB.")] = "80GB",
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="In one machine: a replica's ranks share one.")] = 8,
+    replicas: Annotated[int | None, typer.Option(min=1, help="As many as there is room for by default.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and answer (the model's).")] = None,
+    streams: Annotated[int, typer.Option(min=1, help="Whole contexts that a replica's cache must hold.")] = 1,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    expert_hosts: Annotated[int, typer.Option(min=0, help="Hosts per replica for a mixture's experts.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="CPUs of each rank.")] = 4,
+    invariant: Annotated[
+        bool, typer.Option("--tensor-parallel-invariant", help="Only degrees that give the same bits.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    yaml: Annotated[bool, typer.Option("--yaml", help="Print what goes into the manifests of k8s/.")] = False,
+) -> None:
+    """Compute from a checkpoint what serving it needs: GPUs, memory, pods, and the flags of `serve`."""
+    from cluster import sizing_report
+    from cluster.sizing import BYTES, Wish, plan_sizes, stored_parameters
+    from cluster.written import parse_size
+    from understudy.cli.common import as_json
+    from understudy.errors import ConfigError
+    from workers.model.config import read_spec
+
+    try:
+        memory = int(str(parse_size(gpu_memory)))
+    except ValueError as error:
+        raise ConfigError(f"--gpu-memory = {gpu_memory!r}: {error}") from error
+    if dtype not in ("auto", *BYTES):
+        raise ConfigError(f"--dtype = {dtype!r}: is not one of auto, {', '.join(BYTES)}")
+    wish = Wish(gpus, memory, gpus_per_node, replicas, context, streams, dtype, expert_hosts, threads, invariant)
+    spec = read_spec(model)
+    sizes = plan_sizes(spec, wish)
+    stored = stored_parameters(model) if spec.quantization is None else None
+    if stored is not None and abs(stored - sizes.parameters) > 0.01 * sizes.parameters:
+        said = (
+            f"warning: the files hold {stored:,} parameters, config.json implies {sizes.parameters:,}, which count here"
+        )
+        typer.echo(said, err=True)
+    if json:
+        typer.echo(as_json(sizing_report.as_json(sizes, wish, model)))
+    elif yaml:
+        typer.echo(sizing_report.as_yaml(sizes, wish, model), nl=False)
+    else:
+        typer.echo(sizing_report.as_text(sizes, wish, model))

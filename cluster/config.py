@@ -16,6 +16,7 @@ import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -42,6 +43,17 @@ def _device(value: str) -> str:
 def _redis_url(value: str) -> str:
     if value != "none":
         check_url(value)
+    return value
+
+
+def _otlp_endpoint(value: str) -> str:
+    try:
+        url = urlsplit(value)
+        good = url.scheme in ("http", "https") and bool(url.hostname) and url.port is not None
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError("is not an OTLP gRPC endpoint; write http://HOST:4317, or https:// for TLS")
     return value
 
 
@@ -111,10 +123,12 @@ class ServiceConfig(BaseModel):
     gateways: Annotated[int, Field(ge=1, le=256)] = 1
     admin_port: Port = 50052
     metrics_port: Port = 9464
+    metrics_host: str = "127.0.0.1"
     tls_cert: FilePath | None = None
     tls_key: FilePath | None = None
     tls_client_ca: FilePath | None = None
     tokens: FilePath | None = None
+    insecure: bool = False
     max_streams: Annotated[int, Field(ge=1, le=1_000_000)] = 4096
     # gRPC counts messages in 32 bits, and is given twice this much so that a refusal can be one of ours.
     max_message_bytes: Annotated[int, Field(ge=1 << 16, le=512 << 20), BeforeValidator(parse_size)] = 16 << 20
@@ -123,11 +137,15 @@ class ServiceConfig(BaseModel):
     max_service_queue: Annotated[int, Field(ge=1)] | None = None
     drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
     heartbeat_timeout: Annotated[float, Field(ge=0.5, le=600)] = 2.0
+    step_timeout: Annotated[float, Field(ge=5, le=86400)] = 60.0
     cold_start_seconds: Annotated[float, Field(ge=0, le=86400)] = 300.0
     redis_url: Annotated[str, AfterValidator(_redis_url)] | None = None
     redis_bytes: Size | None = None
     store_key: FilePath | None = None
+    wire_key: FilePath | None = None
     ray_address: str | None = None
+    place_by_role: bool = False
+    otlp_endpoint: Annotated[str, AfterValidator(_otlp_endpoint)] | None = None
     verbose: bool = False
     # Not for users: which engine answers. "fake" makes tokens without computing, to measure everything around it.
     engine: Literal["real", "fake"] = "real"
@@ -144,8 +162,10 @@ def load(
     flags: Mapping[str, object] | None = None,
     environ: Mapping[str, str] | None = None,
     file: Path | None = None,
+    tree: Mapping[str, object] | None = None,
 ) -> ServiceConfig:
-    """Puts the layers together. `flags` holds those that were given, by key; `model` is a list of `[NAME=]DIR`.
+    """Puts the layers together. `flags` holds those that were given, by key; `model` is a list of `[NAME=]DIR`. `tree`
+    is what a file would hold, where there is none.
 
     Raises ConfigError.
     """
@@ -155,8 +175,11 @@ def load(
         _known(key, _KEYS, "--" + key.replace("_", "-"), value)
     strong = _from_environment(environ or {}, notes) | given
     where = {k: "--" + k.replace("_", "-") if k in given else ENV_PREFIX + k.upper() for k in strong}
-    weak, sections = _from_file(file) if file is not None else ({}, {})
-    where |= {k: f"{k} (in {file})" for k in weak if k not in strong}
+    origin = str(file) if file is not None else "the arguments"
+    if file is not None:
+        tree = _read_file(file)
+    weak, sections = _from_tree(tree or {}, origin)
+    where |= {k: f"{k} (in {origin})" for k in weak if k not in strong}
     flat = weak | strong
     models = _models(strong, weak, sections, where)
     values = {k: v for k, v in flat.items() if k in _TOP_KEYS}
@@ -208,8 +231,7 @@ def _from_environment(environ: Mapping[str, str], notes: list[str]) -> dict[str,
     return found
 
 
-def _from_file(file: Path) -> tuple[dict[str, object], dict[str, dict[str, object]]]:
-    """Top-level keys, and the sections of `models` by name."""
+def _read_file(file: Path) -> dict[str, object]:
     try:
         tree = yaml.load(file.read_text(encoding="utf-8"), Loader)
     except OSError as error:
@@ -217,11 +239,16 @@ def _from_file(file: Path) -> tuple[dict[str, object], dict[str, dict[str, objec
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {file}: is not YAML: {' '.join(str(error).split())}") from error
     if tree is None:
-        return {}, {}
+        return {}
     if not isinstance(tree, dict):
         raise ConfigError(
             f"--config {file}: holds a {type(tree).__name__}; write one key per line, such as port: 50051"
         )
+    return tree
+
+
+def _from_tree(tree: Mapping[str, object], file: str) -> tuple[dict[str, object], dict[str, dict[str, object]]]:
+    """Top-level keys, and the sections of `models` by name. `file` is where they stand, for the errors."""
     flat = {str(k).replace("-", "_"): v for k, v in tree.items() if v is not None}
     sections = flat.pop("models", {})
     for key, value in flat.items():
@@ -355,7 +382,7 @@ def _check(config: ServiceConfig, where: Mapping[str, str]) -> None:
     def label(key: str) -> str:
         return where.get(key, "--" + key.replace("_", "-"))
 
-    for key in ("tls_cert", "tls_key", "tls_client_ca", "tokens", "store_key"):
+    for key in ("tls_cert", "tls_key", "tls_client_ca", "tokens", "store_key", "wire_key"):
         path = getattr(config, key)
         if path is not None and not path.is_file():
             raise ConfigError(f"{label(key)} = {str(path)!r}: no such file")
@@ -364,7 +391,7 @@ def _check(config: ServiceConfig, where: Mapping[str, str]) -> None:
         raise ConfigError(f"{label(here)} = {str(getattr(config, here))!r}: needs {label(missing)} as well")
     if config.tls_client_ca is not None and config.tls_cert is None:
         raise ConfigError(f"{label('tls_client_ca')} = {str(config.tls_client_ca)!r}: needs --tls-cert and --tls-key")
-    if not is_loopback(config.host):
+    if not is_loopback(config.host) and not config.insecure:
         shown = f"{label('host')} = {config.host!r}: others can reach it"
         if config.tls_cert is None:
             raise ConfigError(f"{shown}, so it needs --tls-cert and --tls-key; or listen on 127.0.0.1")

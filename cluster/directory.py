@@ -132,9 +132,9 @@ class DirectoryActor(RouterActor):
         if stage == "failed":
             router.unregister(place.replica, place.epoch)
         elif stage in ("ready", "draining") and report is not None and report.info is not None:
-            if not router.beat(place.replica, place.epoch, report.stats, report.changes):
+            if not router.beat(place.replica, place.epoch, report.stats, report.changes, report.trouble):
                 router.register(place.replica, report.address, place.epoch, report.info, node)
-                router.beat(place.replica, place.epoch, report.stats, report.changes)
+                router.beat(place.replica, place.epoch, report.stats, report.changes, report.trouble)
             if stage == "draining":
                 router.drain(place.replica, place.epoch)
 

@@ -9,7 +9,7 @@ import msgspec
 
 from cluster.directory import Directory
 from cluster.expert_hosts import ExpertHosts
-from cluster.plan import ReplicaPlan, node_address
+from cluster.plan import EXPERT_HOST_PLACE, ReplicaPlan, node_address
 from understudy.errors import FROM_KIND, InternalError
 from workers.experts.actor import expert_host_actor
 from workers.experts.limits import expert_layers
@@ -76,9 +76,11 @@ def open_hosts(plan: ReplicaPlan, router: Directory) -> ExpertHosts:
             device=engine.device,
             kernels=engine.kernels,
             threads=plan.host_threads,
-            neighbours=plan.expert_hosts * plan.replicas if plan.loopback else 1,
+            neighbours=plan.expert_hosts * plan.replicas.most if plan.loopback else 1,
         )
-        return RayHost(expert_host_actor(num_cpus=cpus, num_gpus=plan.leader_gpus).remote(host, plan.loopback))
+        resources = EXPERT_HOST_PLACE if plan.by_role else {}
+        actor = expert_host_actor(num_cpus=cpus, num_gpus=plan.leader_gpus, resources=resources)
+        return RayHost(actor.remote(host, plan.loopback))
 
     return ExpertHosts(
         model=plan.model,

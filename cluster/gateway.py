@@ -8,21 +8,22 @@ import logging
 import os
 from typing import Any
 
-from prometheus_client import start_http_server
-
 from cluster.admin import ClusterStatus
 from cluster.catalog import Known
 from cluster.directory import Directory, find
+from cluster.http import HttpServer
 from cluster.logs import configure
 from cluster.metrics import ReplicaMetrics
-from cluster.plan import GATEWAY_CPUS, GatewayPlan, node_address, serve_logging, unpack
+from cluster.plan import GATEWAY_CPUS, GATEWAY_PLACE, GatewayPlan, node_address, serve_logging, unpack
 from cluster.roster import Member, ProcessInfo
+from cluster.telemetry import open_tracer
 from cluster.wire import GrpcReplicaChannel
 from router.admin import AdminServer
 from router.channels import Timing
 from router.dispatch import Patience
 from router.gateway import Gateway
 from router.models import ServedModel
+from router.rebalance import ExpertsView
 from router.server import GatewayConfig, address
 from router.state import ReplicaView
 from router.validate import validate
@@ -52,6 +53,7 @@ class GatewayApp:
         self._directory = directory
         self._holder = holder
         self._node = node
+        self._tracer = open_tracer(config.otlp_endpoint, "gateway", node, holder)
         self._gateway = Gateway(
             GatewayConfig(
                 host=config.host,
@@ -73,13 +75,14 @@ class GatewayApp:
                 again=max(Patience.again, config.cold_start_seconds),
             ),
             name=holder,
+            tracer=self._tracer,
         )
         self._catalog = plan.catalog
         self._versions: dict[tuple[str, str], int] = {}  # model and fingerprint -> generation of its texts
         self._status = ClusterStatus(directory, self._catalog, plan.started)
         self._replica_metrics = ReplicaMetrics()
         self._admin: AdminServer | None = None
-        self._metrics_server: Any = None
+        self._http: HttpServer | None = None
         self._tending: asyncio.Task[None] | None = None
         self._failure = ""
         self._failed_kind = ""
@@ -98,11 +101,12 @@ class GatewayApp:
             self._tending.cancel()
             await asyncio.gather(self._tending, return_exceptions=True)
         await self._gateway.stop(grace_s)
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
         if self._admin is not None:
             await self._admin.stop()
-        if self._metrics_server is not None:
-            self._metrics_server.shutdown()
-            self._metrics_server.server_close()
+        if self._http is not None:
+            await asyncio.to_thread(self._http.close)
         with contextlib.suppress(ConnectionError):
             await self._directory.leave(self._holder, None)
 
@@ -124,21 +128,21 @@ class GatewayApp:
         try:
             views, known = await self._directory.replicas(), await self._directory.exchange(self._catalog)
             await self._learn(views, known)
+            experts = await self._directory.expert_views()
+            self._gateway.told = last_words(await self._directory.members(), experts)
             await self._prove()
             await self._directory.announce(self._member(), None, self._node)
             figures = await self._directory.figures() if self._admin is not None else None
         except ConnectionError as error:
             log.warning("the router does not answer: %s", error)
             return
-        if self._metrics_server is None:
-            self._serve_metrics()
+        if self._http is None:
+            self._serve_http()
         if self._admin is None:
             await self._serve_admin()
         else:
             shown = self._replica_metrics
-            shown.views, shown.figures, shown.known = views, figures, known
-            with contextlib.suppress(ConnectionError):
-                shown.experts = await self._directory.expert_views()
+            shown.views, shown.figures, shown.known, shown.experts = views, figures, known, experts
 
     async def _learn(self, views: list[ReplicaView], known: Known) -> None:
         """Which models there are, and the versions that their replicas have."""
@@ -223,12 +227,13 @@ class GatewayApp:
             address=address(config.host, self._gateway.port),
         )
 
-    def _serve_metrics(self) -> None:
+    def _serve_http(self) -> None:
         first = self._plan.config.metrics_port
         for port in range(first, min(first + max(4, self._plan.config.gateways), 1 << 16)):
             with contextlib.suppress(OSError):
-                self._metrics_server, _ = start_http_server(port, _ADMIN_HOST, self._gateway.metrics.registry)
-                log.info("metrics on port %d", port)
+                host, registry = self._plan.config.metrics_host, self._gateway.metrics.registry
+                self._http = HttpServer(host, port, registry, self._gateway.health)
+                log.info("metrics and probes on port %d", port)
                 return
 
     async def _serve_admin(self) -> None:
@@ -240,6 +245,20 @@ class GatewayApp:
             return  # another gateway on this node has it
         self._admin = server
         self._gateway.metrics.registry.register(self._replica_metrics)
+
+
+def last_words(members: list[Member], experts: list[ExpertsView]) -> dict[str, dict[str, str]]:
+    """By model, what replicas that are gone have said in the roster, and which expert hosts are not there."""
+    told: dict[str, dict[str, str]] = {}
+    for member in members:
+        if member.role == "replica" and member.stage == "failed" and member.error:
+            name = member.claim.replica if member.claim is not None else member.model
+            told.setdefault(member.model, {})[name] = member.error
+    for view in experts:
+        for host in view.hosts:
+            if host.state not in ("ready", "leaving"):
+                told.setdefault(view.model, {})[f"{view.replica}, expert host {host.name}"] = host.state
+    return told
 
 
 class GatewayDeployment:
@@ -275,7 +294,7 @@ def deployment(plan: GatewayPlan, replicas: list[Any]) -> Any:
         GatewayDeployment,
         name="gateway",
         num_replicas=plan.config.gateways,
-        ray_actor_options={"num_cpus": GATEWAY_CPUS},
+        ray_actor_options={"num_cpus": GATEWAY_CPUS, "resources": GATEWAY_PLACE if plan.config.place_by_role else {}},
         health_check_period_s=1.0,
         health_check_timeout_s=30.0,
         graceful_shutdown_timeout_s=plan.config.drain_seconds + 10.0,

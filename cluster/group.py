@@ -69,6 +69,7 @@ class RankGroup:
         self._place, self._clear = place, clear
         self._ranks: Ranks | None = None
         self._killed = False
+        self._asked: set[int] = set()  # ranks that owe an answer
 
     async def start(self) -> LeaderReport:
         """Raises ConnectionError that names the rank whose process ended."""
@@ -99,10 +100,16 @@ class RankGroup:
         if self._ranks is None:
             return LeaderReport("starting", 0.0, 0)
         first, *others = await asyncio.gather(
-            _of_rank(0, self._ranks.first.report(wanted)),
-            *(_of_rank(1 + i, port.report()) for i, port in enumerate(self._ranks.others)),
+            self._answer(0, self._ranks.first.report(wanted)),
+            *(self._answer(1 + i, port.report()) for i, port in enumerate(self._ranks.others)),
         )
         return self._joined(first, others)
+
+    async def _answer(self, rank: int, question: Awaitable[Any]) -> Any:
+        self._asked.add(rank)
+        answer = await _of_rank(rank, question)
+        self._asked.discard(rank)
+        return answer
 
     async def drain(self, seconds: float) -> bool:
         return True if self._ranks is None else await _of_rank(0, self._ranks.first.drain(seconds))
@@ -116,6 +123,10 @@ class RankGroup:
         if self._ranks is not None:
             ports: list[FirstPort | RankPort] = [self._ranks.first, *self._ranks.others]
             await asyncio.gather(*(_of_rank(i, port.place_experts(view)) for i, port in enumerate(ports)))
+
+    def awaited(self) -> str:
+        """The ranks that have not answered the question under way."""
+        return ", ".join(f"rank {rank}" for rank in sorted(self._asked))
 
     def kill(self) -> None:
         """Ends every rank's process now. Idempotent."""

@@ -12,10 +12,12 @@ def configure(level: int = logging.INFO) -> None:
     ours = [logging.getLogger(name) for name in ("understudy", "workers", "router", "cluster")]
     if ours[0].handlers:
         return
+    exporter = logging.getLogger("opentelemetry.exporter")  # says where spans could not be delivered
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     for logger in ours:
         logger.setLevel(level)
+    for logger in (*ours, exporter):
         logger.addHandler(handler)
         logger.propagate = False
     structlog.configure(

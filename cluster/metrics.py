@@ -21,6 +21,7 @@ _GAUGES: tuple[tuple[str, str, _Value], ...] = (
     ("blocks", "Blocks of the cache.", lambda v: v.info.blocks),
     ("blocks_in_use", "Blocks held by running sequences.", lambda v: v.stats.blocks_in_use),
     ("blocks_cached", "Blocks held by the prefix tree alone.", lambda v: v.stats.blocks_cached),
+    ("stalled", "1 where it makes no tokens at present.", lambda v: float(v.state is State.STALLED)),
     ("ready", "1 where the replica takes requests.", lambda v: float(v.state is State.READY)),
     ("silent_seconds", "Since its last heartbeat.", lambda v: v.silent_s),
 )
@@ -67,6 +68,7 @@ _MODELS: tuple[tuple[str, str, Callable[[Known, str], float]], ...] = (
 
 _Figure = Callable[[RouterFigures], float]
 _ROUTER_GAUGES: tuple[tuple[str, str, _Figure], ...] = (
+    ("suspects", "Requests under which a replica was lost, that have not got on yet.", lambda f: f.suspects),
     ("leases", "Assignments that replicas have not yet reported.", lambda f: f.leases),
     ("index_blocks", "Blocks that the index knows.", lambda f: f.index.blocks),
     ("index_stored_blocks", "Those of the shared store.", lambda f: f.index.stored),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from cluster.plan import ReplicaPlan
+from cluster.plan import RANK_PLACE, ReplicaPlan, node_address
 from cluster.topology import Node, plan_group
 from understudy.errors import Unavailable
 
@@ -28,10 +28,13 @@ class RankPlace:
         from ray.util.placement_group import placement_group, placement_group_table
 
         plan = self._plan
-        alive = _nodes()
+        alive = [n for n in _nodes() if not plan.by_role or RANK_PLACE.keys() <= n["Resources"].keys()]
         nodes = [Node(n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0)) for n in alive]
         topology = plan_group(plan.engine.tensor_parallel, plan.leader_cpus, plan.leader_gpus, nodes)
-        self._group = placement_group(list(topology.bundles), strategy=topology.strategy)
+        bundles = [dict(bundle) | (RANK_PLACE if plan.by_role else {}) for bundle in topology.bundles]
+        if plan.by_role and topology.one_node:
+            bundles[0] |= {f"node:{node_address(False)}": 0.001}  # beside the supervisor: see REPLICA_PLACE
+        self._group = placement_group(bundles, strategy=topology.strategy)
         try:
             async with asyncio.timeout(PLACE_S):
                 await self._group.ready()
@@ -60,6 +63,15 @@ class RankPlace:
         group, self._group = self._group, None
         if group is not None:
             remove_placement_group(group)
+
+
+def beside_me() -> dict[str, Any]:
+    """Options of an actor that has to run on the node of its caller."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node = ray.get_runtime_context().get_node_id()
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False), "resources": RANK_PLACE}
 
 
 def _nodes() -> list[dict[str, Any]]:

@@ -23,6 +23,12 @@ from workers.engine import EngineConfig
 # They wait more than they compute. Any share of a CPU would keep a rank that wants it whole from its place.
 SUPERVISOR_CPUS = 0.0
 GATEWAY_CPUS = 0.0
+# Resources of Ray nodes that have a role, and what each process takes of them where places are by role. A node with
+# one REPLICA_PLACE holds one replica's supervisor, with its leader beside it, so that both leave together.
+GATEWAY_PLACE = {"understudy_gateway": 1.0}
+REPLICA_PLACE = {"understudy_replica": 1.0}
+RANK_PLACE = {"understudy_shard": 1.0}
+EXPERT_HOST_PLACE = {"understudy_expert_host": 1.0}
 LEASE_S = 10.0
 LEAST_SECRET = 16  # bytes
 ONE = Goal(1, 1)
@@ -44,6 +50,7 @@ class ReplicaPlan:
     leader_gpus: float
     drain_s: float
     heartbeat_timeout: float
+    step_timeout: float
     loopback: bool
     fake: bool
     logs: str | None = None
@@ -56,6 +63,8 @@ class ReplicaPlan:
     generation: int = 0
     upgrade: bool = False
     fake_rows: float | None = None
+    by_role: bool = False
+    otlp_endpoint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ def make_plan(config: ServiceConfig, cpus: int, logs: Path | None = None) -> Pla
 
     Raises CheckpointError where text files are missing.
     """
-    secret = secrets.token_hex(32)
+    secret = secrets.token_hex(32) if config.wire_key is None else read_secret(config.wire_key, "wire_key").hex()
     number = sum(m.replicas.most * m.tensor_parallel for m in config.models)
     local = config.ray_address is None
     place = str(logs) if local and logs is not None else None
@@ -151,15 +160,15 @@ def read_text_files(path: Path) -> dict[str, bytes]:
     return found
 
 
-def read_secret(path: Path) -> bytes:
-    """The secret in a file, without white space around it. Raises ConfigError."""
+def read_secret(path: Path, key: str = "store_key") -> bytes:
+    """The secret in a file, without white space around it. Raises ConfigError that names the key."""
     try:
         secret = path.read_bytes().strip()
     except OSError as error:
-        raise ConfigError(f"store_key: {path} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{key}: {path} cannot be read: {error.strerror}") from error
     if len(secret) < LEAST_SECRET:
         raise ConfigError(
-            f"store_key: {path} holds {len(secret)} bytes; write {LEAST_SECRET} or more, as of `openssl rand -hex 32`"
+            f"{key}: {path} holds {len(secret)} bytes; write {LEAST_SECRET} or more, as of `openssl rand -hex 32`"
         )
     return secret
 
@@ -209,10 +218,13 @@ def _replica_plan(
         leader_gpus=1.0 if model.device.startswith("cuda") else 0.0,
         drain_s=config.drain_seconds,
         heartbeat_timeout=config.heartbeat_timeout,
+        step_timeout=config.step_timeout,
         loopback=local,
         fake=config.engine == "fake",
         logs=logs,
+        otlp_endpoint=config.otlp_endpoint,
         expert_hosts=0 if config.engine == "fake" else model.expert_hosts,
+        by_role=config.place_by_role,
         # On one machine hosts share the CPUs of their replica: they compute while it waits.
         host_threads=max(1, threads // max(1, model.expert_hosts)) if local and threads is not None else model.threads,
         files=read_text_files(model.path),

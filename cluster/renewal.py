@@ -57,10 +57,10 @@ class Renewal:
         directory.exchange_now(after.gateway.catalog)
         app.redeploy(changed, gone)
         failed = self._follow({p.model: p for p in changed}, directory)
-        for model in sorted(p.model for p in changed if p.model not in failed):
-            self._console.say(f"understudy: {model} is renewed")
-        for model in sorted(gone):
-            self._console.say(f"understudy: {model} is no longer served")
+        for name in sorted(p.model for p in changed if p.model not in failed):
+            self._console.say(f"understudy: {name} is renewed")
+        for name in sorted(gone):
+            self._console.say(f"understudy: {name} is no longer served")
         return self._go_back(plan, after, failed, directory) if failed else after
 
     def _follow(self, changed: Mapping[str, ReplicaPlan], directory: Directory) -> dict[str, str]:

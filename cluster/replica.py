@@ -17,10 +17,11 @@ from cluster.directory import find
 from cluster.expert_actors import call_actor, open_hosts
 from cluster.group import RankGroup, Ranks
 from cluster.logs import configure
-from cluster.places import RankPlace
-from cluster.plan import LEASE_S, SUPERVISOR_CPUS, ReplicaPlan, node_address, serve_logging
+from cluster.places import RankPlace, beside_me
+from cluster.plan import LEASE_S, REPLICA_PLACE, SUPERVISOR_CPUS, ReplicaPlan, node_address, serve_logging
 from cluster.roster import Claim
 from cluster.supervisor import Supervisor
+from cluster.telemetry import open_tracer
 from cluster.wire import LeaderServer
 from understudy.errors import FROM_KIND, InternalError
 from workers.actors import LeaderReport, Progress, RankReport, build_real_engine, leader_actor, rank_actor
@@ -58,10 +59,15 @@ def build_fake_engine(config: EngineConfig, progress: Progress, rows: float | No
     )
 
 
-def make_wire(loop: EngineLoop, *, claim: Claim, secret: str, host: str) -> LeaderServer:
+def make_wire(
+    loop: EngineLoop, *, claim: Claim, secret: str, host: str, otlp_endpoint: str | None = None
+) -> LeaderServer:
     """The leader's end of the wires. `host` empty is the address of the node that this runs on."""
     host = host or node_address(False)
-    return LeaderServer(loop, replica=claim.replica, epoch=claim.epoch, secret=secret, host=host, lease_s=LEASE_S)
+    tracer = open_tracer(otlp_endpoint, "replica", host, claim.replica)
+    return LeaderServer(
+        loop, replica=claim.replica, epoch=claim.epoch, secret=secret, host=host, lease_s=LEASE_S, tracer=tracer
+    )
 
 
 class RayLeader:
@@ -87,6 +93,9 @@ class RayLeader:
 
     async def stop(self) -> None:
         await self._call(self._handle.stop)
+
+    def awaited(self) -> str:
+        return ""
 
     async def place_experts(self, view: HostsView) -> None:
         await self._call(self._handle.place_experts, msgspec.msgpack.encode(view))
@@ -138,6 +147,7 @@ class Replica:
             node=node_address(plan.loopback),
             start_leader=self._start_leader,
             router=self._directory,
+            patience_s=plan.heartbeat_timeout,
             silence_s=max(10.0, 5 * plan.heartbeat_timeout),
             companion=self._experts,
         )
@@ -172,7 +182,8 @@ class Replica:
         engine = self._plan.engine
         if self._experts is not None:
             engine = msgspec.structs.replace(engine, experts=self._experts.plan)
-        leader = self._group(engine, claim) if engine.tensor_parallel > 1 else self._leader(engine, claim)
+        here = beside_me() if self._plan.by_role else {}
+        leader = self._group(engine, claim) if engine.tensor_parallel > 1 else self._leader(engine, claim, **here)
         if self._experts is not None:
             self._experts.attach(leader, self._supervisor.experts)
         return leader
@@ -181,8 +192,10 @@ class Replica:
         plan = self._plan
         actor = leader_actor(num_cpus=plan.leader_cpus, num_gpus=plan.leader_gpus, **options)
         build = partial(build_fake_engine, rows=plan.fake_rows) if plan.fake else build_real_engine
-        wire = partial(make_wire, claim=claim, secret=plan.secret, host="127.0.0.1" if plan.loopback else "")
-        return RayLeader(actor.remote(engine, build, wire, ordered=time.time()))
+        host = "127.0.0.1" if plan.loopback else ""
+        wire = partial(make_wire, claim=claim, secret=plan.secret, host=host, otlp_endpoint=plan.otlp_endpoint)
+        made = actor.remote(engine, build, wire, step_timeout_s=plan.step_timeout, ordered=time.time())
+        return RayLeader(made)
 
     def _group(self, engine: EngineConfig, claim: Claim) -> RankGroup:
         plan, place = self._plan, RankPlace(self._plan)
@@ -224,7 +237,7 @@ def deployment(plan: ReplicaPlan, present: int | None = None) -> Any:
     made: Any = serve.deployment(
         Replica,
         name="replica-" + re.sub(r"[^\w.-]", "-", plan.model),  # becomes part of file names
-        ray_actor_options={"num_cpus": SUPERVISOR_CPUS},
+        ray_actor_options={"num_cpus": SUPERVISOR_CPUS, "resources": REPLICA_PLACE if plan.by_role else {}},
         health_check_period_s=0.5,
         health_check_timeout_s=30.0,
         graceful_shutdown_timeout_s=plan.drain_s + 15.0,
@@ -250,6 +263,6 @@ def _number(plan: ReplicaPlan, present: int | None) -> dict[str, Any]:
         upscale_delay_s=0.0,
         downscale_delay_s=0.0,
         downscale_to_zero_delay_s=0.0,
-        policy=AutoscalingPolicy(policy_function="cluster.policy:ReplicaPolicy", policy_kwargs=kwargs),
+        policy=AutoscalingPolicy(policy_function="cluster.policy:ReplicaPolicy", policy_kwargs=kwargs),  # type: ignore[no-untyped-call]
     )
     return {"autoscaling_config": scaling}

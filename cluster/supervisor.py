@@ -39,6 +39,9 @@ class LeaderPort(Protocol):
 
     async def stop(self) -> None: ...
 
+    def awaited(self) -> str:
+        """Which of several processes has not answered the question under way; empty where there is but one."""
+
     def kill(self) -> None:
         """Ends the process now. Idempotent."""
 
@@ -67,12 +70,14 @@ class RouterLink(Protocol):
 
     async def leave(self, holder: str, claim: Claim | None) -> None: ...
 
+    async def stall(self, replica: str, epoch: int, trouble: str) -> None: ...
+
 
 class Supervisor:
     """Runs one leader. `start`, then `run` until cancelled, `check` as often as wanted, at last `leave`.
 
     `holder` names this life. `start_leader` starts the leader's process for a claim. Seconds: `beat_s` between
-    heartbeats, `silence_s` until a leader that does not answer counts as dead.
+    heartbeats, `patience_s` until it says that a leader does not answer, `silence_s` until that one counts as dead.
     """
 
     def __init__(
@@ -83,7 +88,8 @@ class Supervisor:
         node: str,
         start_leader: Callable[[Claim], LeaderPort],
         router: RouterLink,
-        beat_s: float = 0.5,
+        beat_s: float = 0.25,
+        patience_s: float = 2.0,
         silence_s: float = 10.0,
         companion: Companion | None = None,
     ) -> None:
@@ -94,10 +100,12 @@ class Supervisor:
         self._start_leader = start_leader
         self._router = router
         self._beat_s = beat_s
+        self._patience_s = patience_s
         self._silence_s = silence_s
         self._leader: LeaderPort | None = None
         self._leader_pid = 0
         self._lost = ""
+        self._trouble = ""
         self._wanted = 0  # the first change of the leader's cache that the router does not know
         self.claim: Claim | None = None
         self.report: LeaderReport | None = None
@@ -229,12 +237,39 @@ class Supervisor:
         """Asks the leader, then says it. Raises ConnectionError when the leader does not answer any more."""
         if self._leader is None:
             raise ConnectionError("it was not started, or has been stopped")
+        asking = asyncio.ensure_future(self._leader.report(self._wanted))
         try:
             async with asyncio.timeout(self._silence_s):
-                self.report = await self._leader.report(self._wanted)
+                while not (await asyncio.wait([asking], timeout=self._patience_s))[0]:
+                    await self._announce_silence(self._leader)
+            self.report = asking.result()
         except TimeoutError:
-            raise ConnectionError(f"no answer for {self._silence_s:g} s") from None
+            raise ConnectionError(f"no answer {self._from(self._leader)}for {self._silence_s:g} s") from None
+        finally:
+            asking.cancel()
+        self._tell_trouble(self.report.trouble)
         await self._announce()
+
+    @staticmethod
+    def _from(leader: LeaderPort) -> str:
+        """Who of a group does not answer, as words."""
+        who = leader.awaited()
+        return f"from {who} " if who else ""
+
+    async def _announce_silence(self, leader: LeaderPort) -> None:
+        """A leader that does not answer takes no requests meanwhile."""
+        if self.claim is not None:
+            trouble = f"no answer {self._from(leader)}for {self._patience_s:g} s or longer"
+            self._tell_trouble(trouble)
+            with suppress(ConnectionError):
+                await self._router.stall(self.claim.replica, self.claim.epoch, trouble)
+
+    def _tell_trouble(self, trouble: str) -> None:
+        """Once, when it begins and when it ends."""
+        if bool(trouble) != bool(self._trouble):
+            name = self.claim.replica if self.claim is not None else ""
+            log.warning("replica %s %s", name, f"makes no tokens: {trouble}" if trouble else "makes tokens again")
+        self._trouble = trouble
 
     async def _announce(self) -> None:
         """A router that cannot be reached is not this replica's fault: it is told again with the next beat."""

@@ -26,6 +26,7 @@ import grpc
 import grpc.aio
 import msgspec
 
+from router.tracing import ReplicaTrace, Tracer
 from router.wire import Beat, Cancel, Down, Hello, Ping, Up, encode
 from understudy.errors import Unavailable, UnderstudyError
 from workers.engine import FinishReason, Request, SequenceOutput, StepOutput
@@ -89,6 +90,7 @@ class _Stream:
         self._heard = server.clock()
         self._ended = False
         self._fault = ""
+        self._traces: dict[str, ReplicaTrace] = {}  # of the sequences whose spans are wanted
         self.gateway = gateway
 
     async def read(self, requests: AsyncIterator[bytes]) -> None:
@@ -129,6 +131,8 @@ class _Stream:
         next_beat = server.clock()
         while True:
             messages = await self._outbox.take(max(0.0, next_beat - server.clock()))
+            if self._traces:
+                self._tell_traces(messages)
             now = server.clock()
             if self._ended:
                 return
@@ -138,16 +142,27 @@ class _Stream:
                 await context.abort(grpc.StatusCode.ABORTED, f"no ping for {server.lease_s:g} s: the session is closed")
             if now >= next_beat:
                 next_beat = now + server.beat_s
-                if not server.loop.wedged:  # a wedged engine is silent, so that gateways go elsewhere
-                    messages.append(Beat(server.epoch, server.loop.stats()))
+                messages.append(Beat(server.epoch, server.loop.stats(), server.loop.trouble()))
             if messages:
                 async with asyncio.timeout(server.lease_s):
                     await context.write(encode(messages))
 
     def close(self) -> None:
         self._session.close()
+        for trace in self._traces.values():
+            trace.abandon()
+
+    def _tell_traces(self, messages: list[Any]) -> None:
+        for message in messages:
+            for output in message.outputs if isinstance(message, StepOutput) else ():
+                trace = self._traces.get(output.id)
+                if trace is not None and trace.take(output):
+                    del self._traces[output.id]
 
     def _submit(self, request: Request) -> None:
+        server = self._server
+        if request.traceparent and server.tracer is not None:
+            self._traces[request.id] = ReplicaTrace(server.tracer, request, server.replica, server.epoch)
         try:
             self._session.submit(request)
         except UnderstudyError as error:
@@ -161,6 +176,7 @@ class LeaderServer:
 
     `host` is the address it listens on and is reached by; the port is a free one. `secret` is what both ends of a
     cluster know. `lease_s` and `beat_s` are seconds of `clock`; how long a write may take is told by the event loop's.
+    `tracer` makes spans of the sequences whose requests ask for them; it is closed with the server.
     """
 
     def __init__(
@@ -174,8 +190,10 @@ class LeaderServer:
         lease_s: float = 10.0,
         beat_s: float = 0.25,
         clock: Callable[[], float] = time.monotonic,
+        tracer: Tracer | None = None,
     ) -> None:
         self.loop = loop
+        self.tracer = tracer
         self.replica = replica
         self.epoch = epoch
         self.lease_s = lease_s
@@ -209,6 +227,8 @@ class LeaderServer:
         if self._server is not None:
             server, self._server = self._server, None
             await server.stop(grace_s)
+            if self.tracer is not None:
+                await asyncio.to_thread(self.tracer.close)
 
     async def _serve(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         said = dict(context.invocation_metadata() or ())

@@ -54,6 +54,7 @@ class Report(msgspec.Struct, frozen=True):
     epoch: int
     stats: EngineStats
     changes: Changes | None = None
+    trouble: str = ""
 
 
 _encode = msgspec.msgpack.encode
@@ -88,7 +89,10 @@ class RouterActor:
 
     async def beat(self, report: bytes) -> bool:
         r = _report.decode(report)
-        return self._router.beat(r.replica, r.epoch, r.stats, r.changes)
+        return self._router.beat(r.replica, r.epoch, r.stats, r.changes, r.trouble)
+
+    async def stall(self, replica: str, epoch: int, trouble: str) -> None:
+        self._router.stall(replica, epoch, trouble)
 
     async def wanted(self, replica: str, epoch: int) -> int:
         return self._router.wanted(replica, epoch)
@@ -108,6 +112,9 @@ class RouterActor:
 
     async def release(self, leases: list[int]) -> None:
         self._router.release(leases)
+
+    async def clear(self, leases: list[int]) -> None:
+        self._router.clear(leases)
 
     async def snapshot(self) -> bytes:
         return _encode(self._router.snapshot())
@@ -189,9 +196,16 @@ class RayRouter:
         message = _encode(Registration(replica, address, epoch, info, node))
         return bool(await self._ask(self._handle.register.remote(message)))
 
-    async def beat(self, replica: str, epoch: int, stats: EngineStats, changes: Changes | None = None) -> bool:
+    async def beat(
+        self, replica: str, epoch: int, stats: EngineStats, changes: Changes | None = None, trouble: str = ""
+    ) -> bool:
         """See `Router.beat`."""
-        return bool(await self._ask(self._handle.beat.remote(_encode(Report(replica, epoch, stats, changes)))))
+        message = _encode(Report(replica, epoch, stats, changes, trouble))
+        return bool(await self._ask(self._handle.beat.remote(message)))
+
+    async def stall(self, replica: str, epoch: int, trouble: str) -> None:
+        """See `Router.stall`."""
+        await self._ask(self._handle.stall.remote(replica, epoch, trouble))
 
     async def wanted(self, replica: str, epoch: int) -> int:
         """See `Router.wanted`."""
@@ -216,6 +230,10 @@ class RayRouter:
     async def release(self, leases: Sequence[int]) -> None:
         """See `Router.release`."""
         await self._ask(self._handle.release.remote(list(leases)))
+
+    async def clear(self, leases: Sequence[int]) -> None:
+        """See `Router.clear`."""
+        await self._ask(self._handle.clear.remote(list(leases)))
 
     async def replicas(self) -> list[ReplicaView]:
         """See `Router.snapshot`."""

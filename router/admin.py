@@ -20,6 +20,7 @@ SERVICE = "understudy.v1.Admin"
 
 _STATES = {
     State.READY: pb.REPLICA_STATE_READY,
+    State.STALLED: pb.REPLICA_STATE_STALLED,
     State.DRAINING: pb.REPLICA_STATE_DRAINING,
     State.LOST: pb.REPLICA_STATE_LOST,
 }
@@ -69,7 +70,7 @@ def replica_message(view: ReplicaView) -> pb.Replica:
             store_writes_dropped=stats.store_writes_dropped,
         ),
         prefill_rate=stats.prefill_rows / stats.prefill_seconds if stats.prefill_seconds else 0.0,
-        cause=f"silent for {view.silent_s:.1f} s" if view.state is State.LOST else "",
+        cause=view.cause or (f"silent for {view.silent_s:.1f} s" if view.state is State.LOST else ""),
     )
 
 

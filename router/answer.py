@@ -195,12 +195,14 @@ class _SequenceAnswer:
         ids, self._ids = self._ids[:n], self._ids[n:]
         logprobs, self._logprobs = self._logprobs[:n], self._logprobs[n:]
         traces, self._traces = self._traces[:n], self._traces[n:]
+        position = self.completion_tokens
         self.completion_tokens += n
         if not n and not piece.text:
             return ids
         message = pb.GenerateResponse()
         delta = message.delta
         delta.index = self.index
+        delta.position = position
         delta.text = piece.text
         if self._request.want_token_ids:
             delta.token_ids.extend(ids)

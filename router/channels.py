@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from router.clock import Clock, sleep
 from router.state import Assignment
 from router.wire import Beat, Cancel, Down, Hello, Ping, ReplicaChannel, Up
-from workers.engine import EngineStats, Request, SequenceOutput, StepOutput
+from workers.engine import EngineStats, FinishReason, Request, SequenceOutput, StepOutput
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ Connect = Callable[[str, str], Awaitable[ReplicaChannel]]  # replica id, address
 class Timing:
     """Seconds: between pings, of silence until a leader counts as lost, for connecting."""
 
-    ping_s: float = 0.5
+    ping_s: float = 0.25
     heartbeat_timeout: float = 2.0
     connect_timeout: float = 5.0
 
@@ -39,19 +39,21 @@ class Timing:
 class Attempt:
     """One request on one replica: what came up and was not yet taken.
 
-    At most `limit` tokens wait here. A stream whose client reads slower is parked: it is cancelled at the replica and
-    `parked` is set; whoever follows it asks again, from where it stopped, once its client has caught up.
+    `stream` names the request, of which several sequences may be under way. At most `limit` tokens wait here. A stream
+    whose client reads slower is parked: it is cancelled at the replica and `parked` is set; whoever follows it asks
+    again, from where it stopped, once its client has caught up.
     """
 
-    __slots__ = ("_limit", "_wake", "broken", "id", "lost", "outputs", "parked", "step", "tokens")
+    __slots__ = ("_limit", "_wake", "crowd", "id", "lost", "outputs", "parked", "step", "stream", "tokens")
 
-    def __init__(self, id: str, wake: Callable[[], None], limit: int) -> None:
+    def __init__(self, id: str, wake: Callable[[], None], limit: int, stream: str = "") -> None:
         self.id = id
+        self.stream = stream
         self.outputs: list[SequenceOutput] = []
         self.tokens = 0
         self.step = 0
         self.lost: str | None = None  # why no more will come
-        self.broken = False  # the wire broke: perhaps this request broke the replica
+        self.crowd = 0  # requests under which wire or step broke: perhaps this one is the reason; 0: none of them
         self.parked = False
         self._wake = wake
         self._limit = limit
@@ -65,9 +67,9 @@ class Attempt:
         self._wake()
         return not self.parked
 
-    def fail(self, why: str) -> None:
+    def fail(self, why: str, crowd: int) -> None:
         self.lost = why
-        self.broken = True
+        self.crowd = crowd
         self._wake()
 
     def take(self) -> list[SequenceOutput]:
@@ -139,8 +141,14 @@ class Link:
                 self._heard = self._clock.now()
                 if isinstance(message, StepOutput):
                     self._deliver(message)
+                    trouble = message.lost
                 elif isinstance(message, Beat) and message.epoch == self.epoch:
-                    self.stats = message.stats
+                    self.stats, trouble = message.stats, message.trouble
+                else:
+                    continue
+                if trouble:
+                    self.break_(trouble)
+                    return
             self.break_("its stream ended")
         except ConnectionError as error:
             self.break_(f"its stream broke: {error}")
@@ -150,12 +158,15 @@ class Link:
 
     def _deliver(self, message: StepOutput) -> None:
         attempts = self._attempts
+        failed = [o.id for o in message.outputs if o.finish is FinishReason.ERROR]
+        crowd = len({attempts[id].stream for id in failed if id in attempts})
         for output in message.outputs:
             attempt = attempts.get(output.id)
             if attempt is None:
                 continue  # of an attempt that was given up: ids are never used twice
             if output.finish is not None:
                 del attempts[output.id]
+                attempt.crowd = crowd if output.finish is FinishReason.ERROR else 0
                 attempt.put(message.step, output)
             elif not attempt.put(message.step, output):
                 self.close_attempt(attempt)
@@ -186,8 +197,9 @@ class Link:
         attempts, self._attempts = self._attempts, {}
         if attempts:
             log.warning("replica %s lost with %d streams: %s", self.replica, len(attempts), why)
+        crowd = len({attempt.stream for attempt in attempts.values()})
         for attempt in attempts.values():
-            attempt.fail(why)
+            attempt.fail(why, crowd)
 
     async def close(self) -> None:
         """Ends the tasks and the channel. Idempotent."""

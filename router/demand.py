@@ -108,7 +108,7 @@ class DemandMeter:
             blocks[info.model][0] += stats.blocks_in_use
             blocks[info.model][1] += info.blocks
         return {
-            model: self._of(model, fleet, np.array(slots[model], np.int64), *blocks[model], now)
+            model: self._of(model, fleet, np.array(slots[model], np.int64), blocks[model][0], blocks[model][1], now)
             for model in sorted({*self._asked, *slots})
         }
 

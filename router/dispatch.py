@@ -18,7 +18,10 @@ from dataclasses import dataclass, field
 
 from router.channels import Attempt, ChannelPool, Link
 from router.clock import Clock, sleep
+from router.local import LOCAL_LEASE
 from router.state import Assignment, Query, RouterPort
+from router.suspects import CLEARING_TOKENS, Suspicion
+from router.tracing import StreamTrace
 from router.validate import ValidRequest
 from understudy.errors import DeadlineExceeded, InternalError, InvalidRequest, ModelNotFound, Overloaded, Unavailable
 from workers.cache.events import hints
@@ -27,8 +30,6 @@ from workers.engine import EngineInfo, FinishReason, SequenceOutput, TokenLogpro
 
 log = logging.getLogger(__name__)
 
-# A request under which this many replicas in a row were lost before they gave it a token is not sent to a next one.
-MAX_BARREN = 3
 _INLINE_TOKENS = 4096  # hashing a longer prompt takes over half a millisecond: it is done in a thread
 
 
@@ -56,7 +57,7 @@ class Patience:
     sequences together."""
 
     first: float = 2.0
-    again: float = 15.0
+    again: float = 300.0
     retry: float = 0.1
     most_retry: float = 0.5
     buffered_tokens: int = 4096
@@ -87,14 +88,19 @@ class Dispatcher:
         self.streams: set[Stream] = set()
         self.failovers = 0
         self._leases: list[int] = []
+        self._cleared: list[int] = []
         self._releasing: asyncio.Task[None] | None = None
 
     def open(
-        self, request: ValidRequest, deadline: float | None = None, indexes: Iterable[int] | None = None
+        self,
+        request: ValidRequest,
+        deadline: float | None = None,
+        indexes: Iterable[int] | None = None,
+        trace: StreamTrace | None = None,
     ) -> Stream:
         """A stream of the tokens after `request.received`, of all sequences or those of `indexes`. `deadline` is a
         moment of the clock. Close the stream."""
-        stream = Stream(self, request, deadline, range(request.n) if indexes is None else indexes)
+        stream = Stream(self, request, deadline, range(request.n) if indexes is None else indexes, trace)
         self.streams.add(stream)
         return stream
 
@@ -107,15 +113,27 @@ class Dispatcher:
     def release(self, lease: int) -> None:
         """Gives an assignment back, soon."""
         self._leases.append(lease)
+        self._tell_router()
+
+    def clear(self, lease: int) -> None:
+        """Lets the router know, soon, that a suspect has got on."""
+        self._cleared.append(lease)
+        self._tell_router()
+
+    def _tell_router(self) -> None:
         if self._releasing is None or self._releasing.done():
             self._releasing = asyncio.create_task(self._release(), name="release leases")
 
     async def _release(self) -> None:
-        while self._leases:
+        while self._leases or self._cleared:
             leases, self._leases = self._leases, []
+            cleared, self._cleared = self._cleared, []
             try:
-                await self.router.release(leases)
-            except ConnectionError as error:  # harmless: grants settle by themselves
+                if cleared:
+                    await self.router.clear(cleared)
+                if leases:
+                    await self.router.release(leases)
+            except ConnectionError as error:  # harmless: grants settle by themselves, and probation ends
                 log.info("%d leases not released: %s", len(leases), error)
 
     async def close(self) -> None:
@@ -128,25 +146,25 @@ class Dispatcher:
 
 @dataclass(slots=True)
 class _Place:
-    """A replica that some sequences of a stream run on together."""
+    """A replica that some sequences of a stream run on together. `suspected`: until one of them has got on."""
 
     link: Link
     to: Assignment
     sequences: int
+    suspected: bool
 
 
 class _Sequence:
     """One of a stream's sequences: what it has, and where it runs now. Without an attempt it waits for a place."""
 
-    __slots__ = ("attempt", "barren", "done", "errors", "index", "place", "tokens")
+    __slots__ = ("attempt", "begun", "done", "index", "place", "tokens")
 
     def __init__(self, index: int, received: list[int]) -> None:
         self.index = index
         self.tokens = list(received)
         self.attempt: Attempt | None = None
         self.place: _Place | None = None
-        self.errors = 0  # of the engine
-        self.barren = 0  # replicas in a row that were lost under it before they gave it a token
+        self.begun = 0  # tokens that it had when it came to its place
         self.done = False
 
 
@@ -157,19 +175,27 @@ class Stream:
     """
 
     def __init__(
-        self, owner: Dispatcher, request: ValidRequest, deadline: float | None, indexes: Iterable[int]
+        self,
+        owner: Dispatcher,
+        request: ValidRequest,
+        deadline: float | None,
+        indexes: Iterable[int],
+        trace: StreamTrace | None = None,
     ) -> None:
         self._owner = owner
+        self._trace = trace
         self._request = request
+        self._id = owner.pool.attempt_id(request.request_id)
         self.info: EngineInfo | None = None  # of the first replica; those that follow have its weights and arithmetic
         self._pinned = request.pinned
         self._sequences = {i: _Sequence(i, request.received_of(i)) for i in indexes}
         self._turns = deque(self._sequences.values())
         # A stream that goes on elsewhere has told them.
         self._wants_prompt = request.prompt_logprobs is not None and request.pinned is None
-        self._family = owner.pool.attempt_id(request.request_id) if len(self._sequences) > 1 else ""
+        self._family = self._id if len(self._sequences) > 1 else ""
         self._buffered = max(owner.patience.buffered_tokens // max(len(self._sequences), 1), 32)
         self._excluded: list[tuple[str, int]] = []
+        self._suspicion = Suspicion()
         self._placing: asyncio.Task[None] | None = None
         self._placed = False
         self._expired = self._abandoned = False
@@ -181,8 +207,8 @@ class Stream:
         """What has come of one sequence, waiting where nothing has. Sequences take turns.
 
         Raises DeadlineExceeded after everything made until then, and so InvalidRequest where the request's own rules
-        end an answer; Overloaded and Unavailable when no replica can be had, InternalError when the engine failed on a
-        sequence twice, or several replicas were lost under it.
+        end an answer; Overloaded and Unavailable when no replica can be had, InternalError when the engine failed, or
+        the replica was lost, twice while nothing else can have been the reason.
         """
         while True:
             batch = self._take()
@@ -212,6 +238,8 @@ class Stream:
             self.finish(index)
         if self._timer is not None:
             self._timer.cancel()
+        if self._trace is not None:
+            self._trace.close()
         self._owner.streams.discard(self)
 
     def abandon(self) -> None:
@@ -287,9 +315,10 @@ class Stream:
             keys=await self._keys(waiting),
             sequences=len(waiting),
             priority=request.priority,
+            together=self._suspicion.together,
             request=f"{owner.pool.gateway}/{request.request_id}",
         )
-        to = await owner.router.assign(query)
+        to = await self._assign(query)
         try:
             link = await owner.pool.get(to)
             same = (link.info.model_fingerprint, link.info.numerics_id)
@@ -305,6 +334,14 @@ class Stream:
             raise
         self._placed, self._pinned = True, same
         self.info = link.info if self.info is None else self.info
+
+    async def _assign(self, query: Query) -> Assignment:
+        if self._trace is None:
+            return await self._owner.router.assign(query)
+        with self._trace.route(len(self._request.prompt), len(query.exclude)) as answer:
+            to = await self._owner.router.assign(query)
+            answer(to)
+        return to
 
     async def _keys(self, waiting: list[_Sequence]) -> bytes:
         """What the blocks of the prompt, and of a single answer that goes on, are called at the replicas; nothing where
@@ -331,17 +368,19 @@ class Stream:
         if link.lost is not None:
             raise ConnectionError(link.lost)
         owner = self._owner
-        place = _Place(link, to, 0)
+        place = _Place(link, to, 0, self._suspicion.together > 0)
         for sequence in waiting:
             if sequence.done:
                 continue
-            attempt = Attempt(owner.pool.attempt_id(self._request.request_id), self._wake, self._buffered)
+            attempt = Attempt(owner.pool.attempt_id(self._request.request_id), self._wake, self._buffered, self._id)
             prompt = self._wants_prompt and place.sequences == 0
+            tokens, context = list(sequence.tokens), ""
+            if self._trace is not None:
+                context = self._trace.sent(attempt.id, sequence.index, len(tokens), to)
             link.open(
-                self._request.to_engine(attempt.id, sequence.index, list(sequence.tokens), self._family, prompt),
-                attempt,
+                self._request.to_engine(attempt.id, sequence.index, tokens, self._family, prompt, context), attempt
             )
-            sequence.attempt, sequence.place = attempt, place
+            sequence.attempt, sequence.place, sequence.begun = attempt, place, len(sequence.tokens)
             place.sequences += 1
         if not place.sequences:
             owner.release(to.lease)
@@ -352,27 +391,42 @@ class Stream:
         sequence.attempt = sequence.place = None
         if attempt is None or place is None:
             return
+        if self._trace is not None:
+            self._trace.left(attempt.id)
         place.link.close_attempt(attempt)
         place.sequences -= 1
         if not place.sequences:
             self._owner.release(place.to.lease)
 
     def _lose(self, sequence: _Sequence, attempt: Attempt, place: _Place) -> None:
-        """The sequence has to go on elsewhere. Raises InternalError where it kills replicas, before all are dead."""
+        """The sequence has to go on elsewhere. Raises InternalError where the request alone can be the reason."""
         request_id = self._request.request_id
-        sequence.barren += attempt.broken
-        if sequence.barren >= MAX_BARREN:
-            log.error("request %s: %d replicas in a row were lost under it", request_id, sequence.barren)
-            raise InternalError(f"{sequence.barren} replicas in a row were lost under request {request_id}")
         log.warning(
             "request %s leaves replica %s after %d tokens of sequence %d: %s",
             request_id, place.to.replica, len(sequence.tokens), sequence.index, attempt.lost,
         )  # fmt: skip
+        if self._trace is not None:
+            self._trace.lost(attempt.id, place.to.replica, attempt.lost or "")
         life = (place.to.replica, place.to.epoch)
-        if life not in self._excluded:  # once for all the sequences that it held
+        first = life not in self._excluded  # once for all the sequences that it held
+        if first and attempt.crowd:  # where no router has kept others away, nobody was alone for sure
+            self._suspicion.fell(attempt.crowd + (place.to.lease == LOCAL_LEASE))
+        self._leave(sequence)
+        if self._suspicion.guilty:
+            log.error("request %s is refused: %s", request_id, attempt.lost)
+            raise InternalError(
+                f"request {request_id} is not tried again: {self._suspicion.alone} times its replica failed while "
+                "nothing else can have been the reason; the service's log says how, under this id"
+            )
+        if first:
             self._excluded.append(life)
             self._owner.failovers += 1
-        self._leave(sequence)
+
+    def _clear(self, place: _Place) -> None:
+        """A sequence there has got on: the request is not what a replica died of."""
+        place.suspected = False
+        self._suspicion.clear()
+        self._owner.clear(place.to.lease)
 
     # Tokens.
 
@@ -408,26 +462,36 @@ class Stream:
                 batch.prompt_logprobs, self._wants_prompt = output.prompt_logprobs, False
             if output.finish is not None:
                 batch.finish = self._end(sequence, output, attempt)
-        if batch.token_ids:
-            sequence.tokens += batch.token_ids
-            sequence.barren = 0
+        sequence.tokens += batch.token_ids
+        place = sequence.place
+        got_on = batch.finish is not None or len(sequence.tokens) - sequence.begun >= CLEARING_TOKENS
+        if got_on and place is not None and place.suspected:
+            self._clear(place)
+        if self._trace is not None:
+            self._tell_trace(self._trace, attempt, batch)
         if batch.finish is not None:
             self.finish(sequence.index)
         if batch.token_ids or batch.finish is not None or batch.cached_tokens is not None:
             return batch
         return None
 
+    @staticmethod
+    def _tell_trace(trace: StreamTrace, attempt: Attempt, batch: Batch) -> None:
+        cached = None
+        if batch.cached_tokens is not None:
+            cached = (batch.cached_tokens, batch.cached_host, batch.cached_store)
+        trace.came(attempt.id, len(batch.token_ids), cached)
+        if batch.finish is not None:
+            trace.finished(attempt.id, batch.finish)
+
     def _end(self, sequence: _Sequence, output: SequenceOutput, attempt: Attempt) -> FinishReason | None:
-        """How the engine's end counts here: a cancellation that we did not ask for, and a first failure, are a
-        replica lost."""
+        """How the engine's end counts here: a cancellation that we did not ask for is a replica lost, and a failure is
+        one for which this request, or another of its step, may be the reason."""
         if output.finish is FinishReason.ERROR:
             if output.field:
                 self._refused = self._refused or InvalidRequest(output.error, output.field)
                 return None
-            sequence.errors += 1
             log.error("request %s: the engine failed: %s", self._request.request_id, output.error)
-            if sequence.errors > 1:
-                raise InternalError(f"the engine failed on request {self._request.request_id}")
             attempt.lost = output.error
             return None
         if output.finish is FinishReason.CANCELLED:

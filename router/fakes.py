@@ -117,7 +117,7 @@ class MemoryChannel:
 
     async def _beat(self) -> None:
         while True:
-            self._put(Beat(self._replica.epoch, self._replica.loop.stats()))
+            self._put(Beat(self._replica.epoch, self._replica.loop.stats(), self._replica.loop.trouble()))
             await asyncio.sleep(self._replica.beat_s)
 
     async def send(self, message: Down) -> None:
@@ -184,7 +184,7 @@ class MemoryRouter:
         for name, replica in self.fakes.items():
             if not (self.deaf or replica.dead or replica.silent):
                 changes = replica.loop.journal.since(self.router.wanted(name, replica.epoch))
-                self.router.beat(name, replica.epoch, replica.loop.stats(), changes)
+                self.router.beat(name, replica.epoch, replica.loop.stats(), changes, replica.loop.trouble())
 
     async def assign(self, query: Query) -> Assignment:
         self._beat()
@@ -193,6 +193,10 @@ class MemoryRouter:
     async def release(self, leases: Sequence[int]) -> None:
         self._beat()
         self.router.release(leases)
+
+    async def clear(self, leases: Sequence[int]) -> None:
+        self._beat()
+        self.router.clear(leases)
 
     async def replicas(self) -> list[ReplicaView]:
         self._beat()

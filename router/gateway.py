@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from router.answer import Answer
@@ -25,6 +25,7 @@ from router.chat.service import Chats, Plan
 from router.chat.service import Context as ChatContext
 from router.clock import Clock, LoopClock, sleep
 from router.dispatch import Batch, Dispatcher, Patience, Stream, Superseded
+from router.health import USABLE, Health, judge
 from router.interceptors import CallInterceptor, Tokens, current_call
 from router.local import FallbackRouter, LocalRouter
 from router.metrics import Metrics
@@ -32,6 +33,7 @@ from router.models import ServedModel
 from router.server import GatewayConfig, bind, server_options
 from router.state import Assignment, ReplicaView, RouterPort, State
 from router.stops import StopStrings
+from router.tracing import Tracer, stream_trace
 from router.validate import ValidRequest, valid_request_id, validate
 from router.versions import Models
 from understudy.errors import DeadlineExceeded, Overloaded
@@ -50,9 +52,16 @@ class InferenceService:
     """The methods of `understudy.v1.Inference`."""
 
     def __init__(
-        self, models: Models, dispatcher: Dispatcher, metrics: Metrics, config: GatewayConfig, chats: Chats
+        self,
+        models: Models,
+        dispatcher: Dispatcher,
+        metrics: Metrics,
+        config: GatewayConfig,
+        chats: Chats,
+        tracer: Tracer | None = None,
     ) -> None:
         self._models = models
+        self._tracer = tracer
         self._chats = chats
         self._dispatcher = dispatcher
         self._metrics = metrics
@@ -102,7 +111,8 @@ class InferenceService:
             for message in answer.open():
                 await context.write(message)
             return
-        stream = self._dispatcher.open(valid, deadline, answer.to_make)
+        trace = stream_trace(self._tracer, call.span)
+        stream = self._dispatcher.open(valid, deadline, answer.to_make, trace)
         had = answer.completion_tokens
         self._metrics.active.inc()
         try:
@@ -225,7 +235,7 @@ class Gateway:
     """One gateway: server, wires, health. `start`, then `stop`, from one event loop.
 
     `router` grants replicas, `connect(replica, address)` opens a wire to a leader. Models are told by `models` and
-    later by `put_model`.
+    later by `put_model`. `tracer` makes spans of calls; whoever made it closes it.
     """
 
     def __init__(
@@ -240,7 +250,9 @@ class Gateway:
         patience: Patience | None = None,
         metrics: Metrics | None = None,
         name: str = "",
+        tracer: Tracer | None = None,
     ) -> None:
+        self._tracer = tracer
         self.name = name or f"gateway-{secrets.token_hex(4)}"
         self.metrics = metrics if metrics is not None else Metrics()
         self.models = Models(models)
@@ -249,14 +261,14 @@ class Gateway:
         self.pool = ChannelPool(connect, self.name, clock, timing)
         self._router = FallbackRouter(router, LocalRouter(self.pool, secrets.SystemRandom()), clock)
         self.dispatcher = Dispatcher(self._router, self.pool, clock, patience, self.models.superseded)
-        self._health = health.aio.HealthServicer()
+        self.health = Health(SERVICE, self.metrics.serving)
+        self.told: dict[str, dict[str, str]] = {}  # by model and replica: the last words of those that are gone
+        self.can_start = False  # a replica comes when it is asked for: none is needed to be of use
+        self._views: list[ReplicaView] = []
         self._chats = Chats()
         self._server: Any = None
         self._watching: asyncio.Task[None] | None = None
         self._connecting: dict[str, asyncio.Task[None]] = {}
-        self._usable: set[tuple[str, int]] = set()  # replica and epoch
-        self._serving: bool | None = None
-        self.can_start = False  # a replica comes when it is asked for: none is needed to be of use
         self._counted_failovers = self._counted_alone = 0
         self.port = 0
 
@@ -267,11 +279,11 @@ class Gateway:
     async def start(self) -> int:
         """Listens; the port. Raises ConfigError where it cannot: port taken, certificate unreadable."""
         tokens = Tokens.read(self._config.tokens) if self._config.tokens is not None else None
-        interceptor = CallInterceptor(self.metrics, tokens, self._config.max_message_bytes)
+        interceptor = CallInterceptor(self.metrics, tokens, self._config.max_message_bytes, self._tracer)
         server: Any = grpc.aio.server(interceptors=[interceptor], options=server_options(self._config))
-        service = InferenceService(self.models, self.dispatcher, self.metrics, self._config, self._chats)
+        service = InferenceService(self.models, self.dispatcher, self.metrics, self._config, self._chats, self._tracer)
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         self.port = bind(server, self._config)
         await self.refresh()
@@ -286,8 +298,7 @@ class Gateway:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
-        for service in ("", SERVICE):
-            await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self.health.end()
         if server is not None:
             stopping = asyncio.create_task(server.stop(grace_s + 1.0))
             await asyncio.wait([stopping], timeout=grace_s)
@@ -314,7 +325,7 @@ class Gateway:
         """Connects to ready replicas, drops those that are gone, tells health and metrics."""
         views = await self._router.replicas()
         await self.pool.prune()
-        self._usable = {(v.replica, v.epoch) for v in views if v.state is not State.DRAINING}
+        self._views = views
         self._connecting = {name: task for name, task in self._connecting.items() if not task.done()}
         linked = {(k.replica, k.epoch) for k in self.pool.alive()}
         for view in views:
@@ -342,13 +353,11 @@ class Gateway:
         self._connecting[view.replica] = asyncio.create_task(connect(), name=f"connect {view.replica}")
 
     async def _tell_health(self) -> None:
-        usable = [k.info for k in self.pool.alive() if (k.replica, k.epoch) in self._usable]
+        links = self.pool.alive()
+        ready = {(v.replica, v.epoch) for v in self._views if v.state in USABLE}
+        usable = [k.info for k in links if (k.replica, k.epoch) in ready]
         self.models.weigh(Counter((i.model, i.model_fingerprint) for i in usable))
         self.metrics.ready_replicas.set(len(usable))
-        serving = self.can_start or (bool(usable) and bool(self.models.all()))
-        if serving == self._serving:
-            return
-        self._serving = serving
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in ("", SERVICE):
-            await self._health.set(service, status)
+        names = dict.fromkeys(m.name for m in self.models.all())
+        verdicts = {name: judge(name, self._views, links, self.told.get(name)) for name in names}
+        await self.health.put(verdicts, self.can_start)

@@ -18,9 +18,10 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from router.metrics import Metrics
+from router.tracing import Span, Tracer, close_call, open_call
 from router.validate import valid_request_id
 from understudy._status import clipped, to_status
-from understudy.errors import ConfigError, InternalError, InvalidRequest, Unauthenticated, UnderstudyError
+from understudy.errors import FROM_KIND, ConfigError, InternalError, InvalidRequest, Unauthenticated, UnderstudyError
 
 # An identity belongs to calls that touch models; probes bring none.
 _OPEN_SERVICES = ("/grpc.health.v1.Health/",)
@@ -41,6 +42,7 @@ class Call:
     peer: str = ""
     traceparent: str = ""
     notes: dict[str, Any] = field(default_factory=dict)  # what the handler adds to the log line
+    span: Span | None = None
 
 
 current_call: contextvars.ContextVar[Call] = contextvars.ContextVar("current_call")
@@ -114,11 +116,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every call. `tokens` None lets everybody in, as the tenant ''.
 
     `max_message_bytes` bounds a request; the transport's own limit must lie above it. With mutual TLS and no tokens,
-    the tenant is the client certificate's common name.
+    the tenant is the client certificate's common name. `tracer` makes a span of every call.
     """
 
-    def __init__(self, metrics: Metrics, tokens: Tokens | None, max_message_bytes: int) -> None:
+    def __init__(
+        self, metrics: Metrics, tokens: Tokens | None, max_message_bytes: int, tracer: Tracer | None = None
+    ) -> None:
         self._metrics = metrics
+        self._tracer = tracer
         self._tokens = tokens
         self._max_bytes = max_message_bytes
 
@@ -173,6 +178,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 peer=context.peer(),
                 traceparent=metadata.get("traceparent", "")[:64],
             )
+            if self._tracer is not None:
+                call.span = open_call(self._tracer, call, method)
             reset = current_call.set(call)
             outcome = "INTERNAL"
             try:
@@ -214,6 +221,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         seconds = time.monotonic() - call.started
         self._metrics.requests.labels(call.method, outcome).inc()
         self._metrics.duration.labels(call.method).observe(seconds)
+        if call.span is not None:
+            code = grpc.StatusCode.OK if outcome == "OK" else getattr(grpc.StatusCode, FROM_KIND[outcome].code)
+            close_call(call.span, call, outcome, code.value[0])
         log.info(
             "call",
             method=call.method,

@@ -16,6 +16,7 @@ from understudy.errors import ModelNotFound, Unavailable
 
 log = logging.getLogger(__name__)
 LOCAL_LEASE = 0  # the router numbers from 1
+ALONE = "alone"  # why a replica was chosen
 
 
 class LocalRouter:
@@ -40,7 +41,7 @@ class LocalRouter:
         stats = [msgspec.structs.replace(k.stats, running=max(k.stats.running, k.attempts)) for k in links.values()]
         infos = [k.info for k in links.values()]
         chosen = names[choose_of_two(stats, infos, query.prompt_tokens, self._rng)]
-        return Assignment(chosen, self.addresses.get(chosen, ""), links[chosen].epoch, LOCAL_LEASE)
+        return Assignment(chosen, self.addresses.get(chosen, ""), links[chosen].epoch, LOCAL_LEASE, ALONE)
 
     @staticmethod
     def _fits(link: Link, query: Query) -> bool:
@@ -54,6 +55,9 @@ class LocalRouter:
 
     async def release(self, leases: Sequence[int]) -> None:
         """Grants nothing that would have to come back."""
+
+    async def clear(self, leases: Sequence[int]) -> None:
+        """Lets suspects go wherever there is room: it is asked for moments only."""
 
     async def replicas(self) -> list[ReplicaView]:
         return [
@@ -112,6 +116,14 @@ class FallbackRouter:
             return await self._alone(query, self._lost)
         except Unavailable:
             raise error from None
+
+    async def clear(self, leases: Sequence[int]) -> None:
+        own = [n for n in leases if n != LOCAL_LEASE]
+        if own and self.reachable:
+            try:
+                await self._router.clear(own)
+            except ConnectionError as error:
+                self._down(error)
 
     async def release(self, leases: Sequence[int]) -> None:
         own = [n for n in leases if n != LOCAL_LEASE]

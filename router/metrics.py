@@ -31,4 +31,5 @@ class Metrics:
         self.active = Gauge("understudy_active_streams", "Streams under way.", registry=r)
         self.failovers = Counter("understudy_failovers", "Streams that went on at another replica.", registry=r)
         self.alone = Counter("understudy_decisions_without_router", "Replicas chosen by this gateway.", registry=r)
+        self.serving = Gauge("understudy_model_serving", "1 while a token can be had.", ["model"], registry=r)
         self.ready_replicas = Gauge("understudy_ready_replicas", "Replicas with a live wire.", registry=r)

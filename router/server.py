@@ -47,6 +47,7 @@ def server_options(config: GatewayConfig) -> list[tuple[str, int]]:
         # Finds clients that vanished without a word.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.ping_timeout_ms", 10_000),  # what counts in later versions of gRPC
     ]
 
 

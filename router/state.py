@@ -18,6 +18,7 @@ from router.index import IndexStats, PrefixIndex
 from router.ledger import Lease, Ledger
 from router.policy import PREFILL_RATE, Class, Fleet, Mask, Reason, Reuse, choose, outlook, reason
 from router.rates import Rates
+from router.suspects import Probation
 from understudy.errors import ModelNotFound, Overloaded, Unavailable
 from workers.cache.events import Changes
 from workers.engine import EngineInfo, EngineStats
@@ -31,8 +32,9 @@ class Query(msgspec.Struct, frozen=True):
 
     `exclude` are lives (replica, epoch) that just failed this request. Where `fingerprint` and `numerics_id` are set,
     only replicas with both will do (a stream that goes on). `keys` name the prompt's full blocks, first one first:
-    `workers.cache.events.hints`. `sequences` go there together, and share the prompt. `request` names who asks, so
-    that one that asks again and again while there is no replica counts once.
+    `workers.cache.events.hints`. `sequences` go there together, and share the prompt. `together`: how many suspects may
+    be at one replica, this request included; 0: it is none (`router.suspects`). `request` names who asks, so that one
+    that asks again and again while there is no replica counts once.
     """
 
     model: str
@@ -43,28 +45,32 @@ class Query(msgspec.Struct, frozen=True):
     keys: bytes = b""
     sequences: int = 1
     priority: int = 0
+    together: int = 0
     request: str = ""
 
 
 class Assignment(msgspec.Struct, frozen=True):
-    """Which replica takes the request. Its messages count only while its epoch is `epoch`."""
+    """Which replica takes the request. Its messages count only while its epoch is `epoch`. `reason` is a word of
+    `policy.Reason`, or says that the gateway decided alone."""
 
     replica: str
     address: str
     epoch: int
     lease: int
+    reason: str = ""
 
 
 class State(StrEnum):
     """Life of a replica, in the words of the Admin API."""
 
     READY = "READY"
+    STALLED = "STALLED"
     DRAINING = "DRAINING"
     LOST = "LOST"
 
 
 class ReplicaView(msgspec.Struct, frozen=True):
-    """A replica as the router sees it."""
+    """A replica as the router sees it. `cause` says why it is not READY, where somebody knows."""
 
     replica: str
     address: str
@@ -74,17 +80,20 @@ class ReplicaView(msgspec.Struct, frozen=True):
     stats: EngineStats
     silent_s: float
     node: str = ""
+    cause: str = ""
 
 
 class RouterFigures(msgspec.Struct, frozen=True):
     """What a router has done since it began. `decisions` by `policy.Reason`; `refused` requests found no room;
-    `reused_tokens` of prompts were taken to be on the chosen replica's device, in its host's memory, in the store."""
+    `reused_tokens` of prompts were taken to be on the chosen replica's device, in its host's memory, in the store;
+    `suspects` are under way now (`router.suspects`)."""
 
     decisions: dict[str, int]
     refused: int
     reused_tokens: dict[str, int]
     leases: int
     index: IndexStats
+    suspects: int = 0
 
 
 class RouterPort(Protocol):
@@ -94,6 +103,9 @@ class RouterPort(Protocol):
 
     async def release(self, leases: Sequence[int]) -> None:
         """The streams of these assignments have ended. Unknown ones are ignored."""
+
+    async def clear(self, leases: Sequence[int]) -> None:
+        """These were suspects and have got on. Unknown ones are ignored."""
 
     async def replicas(self) -> list[ReplicaView]:
         """Everything that is registered, lost ones included."""
@@ -114,6 +126,7 @@ class _Entry:
     node: str
     last_heard: float
     draining: bool = False
+    trouble: str = ""
     stats: EngineStats = field(default_factory=EngineStats)
     rates: Rates = field(default_factory=Rates)
     ledger: Ledger = field(default_factory=Ledger)
@@ -148,6 +161,7 @@ class Router:
         self._leases: dict[int, Lease] = {}
         self._streams: dict[int, tuple[int, float]] = {}  # lease -> slot and moment of granting, until released
         self._numbers = itertools.count(1)
+        self._probation = Probation()
         self._same: dict[tuple[str, str, str], Mask] = {}
         self._usual: dict[str, Rates] = {}  # of a model, for replicas that have measured nothing yet
         self._decisions: Counter[str] = Counter(dict.fromkeys(Reason, 0))
@@ -164,7 +178,7 @@ class Router:
             return False
         now = self._clock.now()
         if known is not None and known.epoch == epoch:  # said twice
-            known.address, known.info, known.node, known.draining = address, info, node, False
+            known.address, known.info, known.node, known.draining, known.trouble = address, info, node, False, ""
             self._hear(known, now)
         else:
             if known is not None:
@@ -179,9 +193,11 @@ class Router:
         self._same.clear()
         return True
 
-    def beat(self, replica: str, epoch: int, stats: EngineStats, changes: Changes | None = None) -> bool:
-        """A replica lives; its counts, and what has changed in its cache. False where it is not registered with that
-        epoch: it must register again."""
+    def beat(
+        self, replica: str, epoch: int, stats: EngineStats, changes: Changes | None = None, trouble: str = ""
+    ) -> bool:
+        """A replica lives; its counts, what has changed in its cache, and what keeps it from making tokens. False where
+        it is not registered with that epoch: it must register again."""
         entry = self._replicas.get(replica)
         if entry is None or entry.epoch != epoch:
             return False
@@ -191,13 +207,20 @@ class Router:
             self._put_rates(entry)
         elif not entry.rates.prefill.seconds:
             self._put_rates(entry)
-        entry.stats = stats
+        entry.stats, entry.trouble = stats, trouble
         self._hear(entry, now)
         self._fleet.hear(entry.slot, stats)
         self._settle(entry, now)
         if changes is not None:
             self._index.take(entry.slot, changes)
         return True
+
+    def stall(self, replica: str, epoch: int, trouble: str) -> None:
+        """A replica makes no tokens at present, say those who watch it; until it beats again."""
+        entry = self._replicas.get(replica)
+        if entry is not None and entry.epoch == epoch:
+            entry.trouble = trouble
+            self._hear(entry, self._clock.now())
 
     def wanted(self, replica: str, epoch: int) -> int:
         """Which of the cache's changes is to come next; 0, all of them, where nothing is known."""
@@ -236,41 +259,56 @@ class Router:
         except (ModelNotFound, Unavailable):
             self._asked.unserved(query.model, query.request, now)
             raise
+        if query.together:
+            allowed &= self._probation.room(len(fleet), query.together)
+            if not allowed.any():
+                raise Unavailable("others under which a replica was lost are being tried first; try again shortly")
         match = self._index.match(query.keys, len(fleet)) if query.keys else None
         size = fleet.block_tokens
         reuse = None if match is None else Reuse(match.device * size, match.host * size, match.store * size)
         expected = outlook(fleet, now, query.prompt_tokens, rank, reuse)
         slot = choose(fleet, expected, allowed)
-        self._decisions[reason(slot, allowed, reuse)] += 1
+        why = reason(slot, allowed, reuse)
+        self._decisions[why] += 1
         if reuse is not None:
             for tier in ("device", "host", "store"):
                 self._reused[tier] += int(getattr(reuse, tier)[slot])
-        return self._grant(slot, query, rank, float(expected.work[slot]), now)
+        granted = self._grant(slot, query, rank, float(expected.work[slot]), now)
+        return msgspec.structs.replace(granted, reason=why.value)
 
     def release(self, leases: Sequence[int]) -> None:
         """The streams of these assignments have ended. Unknown ones are ignored."""
         now = self._clock.now()
         for number in leases:
             self._forget(number)
+            self._probation.leave(number)
             self._index.ended(number, now)
             slot, since = self._streams.pop(number, (-1, 0.0))
             if slot >= 0:
                 stay = self._fleet.stay
                 stay[slot] = now - since if stay[slot] == 0 else 0.9 * stay[slot] + 0.1 * (now - since)
 
+    def clear(self, leases: Sequence[int]) -> None:
+        """These were suspects and have got on. Unknown ones are ignored."""
+        for number in leases:
+            self._probation.leave(number)
+
     def snapshot(self) -> list[ReplicaView]:
         """Every replica, in the order of registration."""
         now = self._clock.now()
         return [
-            ReplicaView(name, e.address, e.epoch, self._state(e), e.info, e.stats, now - e.last_heard, e.node)
+            ReplicaView(
+                name, e.address, e.epoch, self._state(e), e.info, e.stats, now - e.last_heard, e.node, self._cause(e)
+            )
             for name, e in self._replicas.items()
         ]
 
     def figures(self) -> RouterFigures:
         """What it has done so far."""
         return RouterFigures(
-            dict(self._decisions), self._refused, dict(self._reused), len(self._leases), self._index.stats()
-        )
+            dict(self._decisions), self._refused, dict(self._reused), len(self._leases), self._index.stats(),
+            len(self._probation),
+        )  # fmt: skip
 
     def demand(self) -> dict[str, ModelDemand]:
         """What is asked of each model that has a replica, or was asked for."""
@@ -289,11 +327,18 @@ class Router:
     def _state(self, entry: _Entry) -> State:
         if self._clock.now() - entry.last_heard > self._timeout:
             return State.LOST
+        if entry.trouble:
+            return State.STALLED
         return State.DRAINING if entry.draining else State.READY
+
+    def _cause(self, entry: _Entry) -> str:
+        silent = self._clock.now() - entry.last_heard
+        return f"silent for {silent:.1f} s" if silent > self._timeout else entry.trouble
 
     def _hear(self, entry: _Entry, now: float) -> None:
         entry.last_heard = now
-        self._fleet.ready_until[entry.slot] = -np.inf if entry.draining else now + self._timeout
+        takes_none = entry.draining or entry.trouble
+        self._fleet.ready_until[entry.slot] = -np.inf if takes_none else now + self._timeout
 
     def _free_slot(self) -> int:
         slot = next(i for i in itertools.count() if i not in self._names)
@@ -308,6 +353,7 @@ class Router:
         del self._replicas[replica], self._names[entry.slot]
         self._fleet.clear(entry.slot)
         self._index.forget(entry.slot)
+        self._probation.forget(entry.slot)
         self._same.clear()
 
     def _fitting(self, query: Query, ready: Mask) -> Mask:
@@ -357,6 +403,8 @@ class Router:
         fleet.assigned[slot] += work
         ahead = fleet.ahead[: rank + 1, slot]
         ahead[:] = np.maximum(ahead, now) + work
+        if query.together:
+            self._probation.enter(number, slot, query.together, now)
         if query.keys:
             self._index.expect(number, slot, query.keys, now)
         return Assignment(name, entry.address, entry.epoch, number)
@@ -397,6 +445,7 @@ class Router:
     def _expire(self, now: float) -> None:
         """Forgets grants whose replica never reported again. They are kept in the order of granting."""
         self._index.expire(now)
+        self._probation.expire(now)
         while self._leases:
             number, lease = next(iter(self._leases.items()))
             if lease.granted_at >= now - LEASE_S:

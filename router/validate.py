@@ -63,7 +63,13 @@ class ValidRequest:
         return self.received.get(index, [])
 
     def to_engine(
-        self, id: str, index: int, generated: list[int], family: str = "", prompt_logprobs: bool = False
+        self,
+        id: str,
+        index: int,
+        generated: list[int],
+        family: str = "",
+        prompt_logprobs: bool = False,
+        traceparent: str = "",
     ) -> Request:
         """What a replica is sent of one sequence; `generated` are the tokens that need not be made again.
 
@@ -88,6 +94,7 @@ class ValidRequest:
             grammar=self.grammar,
             interjection=self.interjection,
             probe=self.probe,
+            traceparent=traceparent,
         )
 
 

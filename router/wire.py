@@ -37,10 +37,11 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Beat(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """The leader lives; its engine's last step and counts."""
+    """The leader lives; its engine's last step and counts, and what keeps it from making tokens."""
 
     epoch: int
     stats: EngineStats
+    trouble: str = ""
 
 
 Down = Request | Cancel | Ping

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.wrappers_pb2 import Int64Value, StringValue
 
 from understudy._attempts import Attempts
 from understudy._request import GenerateOptions, Metadata, Prompt, call_metadata, generate_request
 from understudy._stream import StreamState
-from understudy.errors import ConfigError
+from understudy.errors import ConfigError, InternalError
 from understudy.types import Health, Retry, Tls
 from understudy.v1 import admin_pb2, inference_pb2
 
@@ -28,6 +28,8 @@ INFERENCE = "understudy.v1.Inference"
 OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    # In later versions of gRPC this is what counts, a minute unless it is told.
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -36,6 +38,8 @@ OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.max_reconnect_backoff_ms", 1_000),
     # Despite its name, how long one attempt to connect may take.
     ("grpc.min_reconnect_backoff_ms", 3_000),
+    # Where a name has several addresses: calls take turns among those that can be reached.
+    ("grpc.lb_policy_name", "round_robin"),
 )
 
 Req = TypeVar("Req", bound=Message)
@@ -59,8 +63,12 @@ class Method(Generic[Req, Res]):
     def serialize(self, message: Req) -> bytes:
         return message.SerializeToString()
 
-    def parse(self, data: bytes) -> Res:
-        return self.response.FromString(data)
+    def parse(self, data: bytes) -> Res | DecodeError:
+        """The message, or why the bytes are none: gRPC's two clients each make something else of an exception here."""
+        try:
+            return self.response.FromString(data)
+        except DecodeError as error:
+            return error
 
     def parse_request(self, data: bytes) -> Req:
         return self.request.FromString(data)
@@ -82,6 +90,13 @@ SCALE_EXPERTS = Method(
 HEALTH = Method("/grpc.health.v1.Health/Check", StringValue, Int64Value)
 
 
+def readable(message: Res | DecodeError) -> Res:
+    """What `Method.parse` gave. Raises InternalError where it is no message."""
+    if isinstance(message, DecodeError):
+        raise InternalError(f"the service sent bytes that are no message of this API: {message}")
+    return message
+
+
 def health(message: Int64Value) -> Health:
     """The answer of `HEALTH`."""
     return list(Health)[message.value] if 0 <= message.value < len(Health) else Health.UNKNOWN
@@ -99,12 +114,14 @@ class Endpoint(Generic[Chan]):
         timeout: float | None = None,
         retry: Retry | None = None,
     ) -> None:
-        """`address` is `host:port`, or several; calls take turns among them and go on at the next when one fails.
+        """`address` is `host:port`, or several, in a sequence or with commas between them; calls take turns among them
+        and go on at the next when one fails. A name that has several addresses counts as one: calls take turns among
+        those that can be reached.
 
         `token` is a bearer token. `tls` is True (the system's roots) or the PEM files. `timeout` is every call's
         in seconds unless the call has its own; None is no deadline.
         """
-        self.addresses = (address,) if isinstance(address, str) else tuple(address)
+        self.addresses = _split(address) if isinstance(address, str) else tuple(address)
         if not self.addresses or not all(self.addresses):
             raise ConfigError(f"address: expected host:port, or several, not {address!r}")
         self._token = token
@@ -169,6 +186,11 @@ class Endpoint(Generic[Chan]):
     def _options(self) -> list[tuple[str, Any]]:
         name = self._tls.server_name if self._tls else None
         return [*OPTIONS, *([("grpc.ssl_target_name_override", name)] if name else [])]
+
+
+def _split(addresses: str) -> tuple[str, ...]:
+    # gRPC's own lists, such as ipv4:10.0.0.1:80,10.0.0.2:80, are one target.
+    return (addresses,) if addresses.startswith(("ipv4:", "ipv6:")) else tuple(a.strip() for a in addresses.split(","))
 
 
 def _read(key: str, path: str | Path | None) -> bytes | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
@@ -23,7 +24,8 @@ class GenerateOptions(TypedDict, total=False):
     `json_schema` (JSON text, or the schema as a mapping), `regex`, `grammar`, `choice` and `json_object` say what the
     answer must match: one of them at most. `trace_candidates` and `trace_attention` (layers) say how much `trace`
     tells. Bounds and defaults are those of `proto/understudy/v1/inference.proto`, field for field. `timeout` is in
-    seconds and covers everything, resumed attempts included. `traceparent` is a W3C trace context that is passed on.
+    seconds and covers everything, resumed attempts included. `traceparent` is a W3C trace context that is passed on;
+    without it, that of the span that is open in the caller's OpenTelemetry, if there is one.
     """
 
     model: str | None
@@ -191,13 +193,22 @@ def call_metadata(token: str | None, request_id: str | None = None, traceparent:
     pairs = {
         "authorization": f"Bearer {token}" if token else None,
         "x-request-id": request_id,
-        "traceparent": traceparent,
+        "traceparent": traceparent or _open_span(),
     }
     for key, value in pairs.items():
         if value and not (value.isascii() and value.isprintable()):
             shown = "" if key == "authorization" else f"; got {_short(value)}"
             raise errors.InvalidRequest(f"must be printable ASCII{shown}", key)
     return tuple((key, value) for key, value in pairs.items() if value)
+
+
+def _open_span() -> str | None:
+    """Trace context of the span that is open in the caller's OpenTelemetry; nothing is imported for it."""
+    trace = sys.modules.get("opentelemetry.trace")
+    if trace is None:
+        return None
+    of = trace.get_current_span().get_span_context()
+    return f"00-{of.trace_id:032x}-{of.span_id:016x}-{of.trace_flags:02x}" if of.is_valid else None
 
 
 def prompt_info(m: pb.PromptInfo) -> types.PromptInfo:

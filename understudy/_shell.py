@@ -8,10 +8,11 @@ import time
 from typing import Any, Generic, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from understudy import errors
 from understudy._attempts import Again
-from understudy._channel import GENERATE, Endpoint, Method
+from understudy._channel import GENERATE, Endpoint, Method, readable
 from understudy._request import Metadata
 from understudy._status import from_rpc
 from understudy._stream import StreamState
@@ -88,18 +89,20 @@ class StreamShell(Generic[Wake]):
         if self._state.cancelled:  # while it was opened
             self._call.cancel()
 
-    def _receive(self, response: pb.GenerateResponse | pb.ChatResponse) -> Piece | None:
-        try:
-            return self._state.receive(response)
-        except errors.UnderstudyError:
-            self._over = True
-            self._call.cancel()
-            raise
+    def _receive(self, response: pb.GenerateResponse | pb.ChatResponse | DecodeError) -> Piece | None:
+        """The piece that a response brings, if any. An UnderstudyError is for `_after`."""
+        message: pb.GenerateResponse | pb.ChatResponse = readable(response)
+        return self._state.receive(message)
 
-    def _after(self, error: grpc.RpcError | None) -> Again | None:
-        """The call ended: None where the answer is over, raises where it failed, else when to `_open` again."""
-        meant = from_rpc(error, self._client.addresses[self._address]) if error else None
+    def _after(self, error: grpc.RpcError | errors.UnderstudyError | None) -> Again | None:
+        """The call ended, or sent what cannot be taken: None where the answer is over, raises where it failed, else
+        when to `_open` again."""
         self._over = True
+        if isinstance(error, errors.UnderstudyError):
+            self._call.cancel()
+            meant: errors.UnderstudyError | None = error
+        else:
+            meant = from_rpc(error, self._client.addresses[self._address]) if error else None
         again = self._state.ended(meant, time.monotonic())
         self._over = again is None
         return again

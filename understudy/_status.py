@@ -32,8 +32,15 @@ _FROM_CODE: dict[grpc.StatusCode, type[UnderstudyError]] = {
     grpc.StatusCode.FAILED_PRECONDITION: errors.CannotResume,
 }
 
-# How gRPC words a connection that a proxy or a dying peer cut under a stream.
-_CUT = ("rst_stream", "stream removed", "connection reset", "socket closed", "transport closed")
+# How gRPC words a connection or stream that a proxy or a dying peer cut.
+_RESET = "rst_stream"
+_CUT = (_RESET, "stream removed", "connection reset", "socket closed", "transport closed")
+_OF_A_CUT: dict[grpc.StatusCode, tuple[str, ...]] = {
+    grpc.StatusCode.INTERNAL: _CUT,
+    grpc.StatusCode.UNKNOWN: _CUT,
+    grpc.StatusCode.CANCELLED: (_RESET,),  # the others are said of a call that we cancelled ourselves, too
+}
+_LATE = ("deadline exceeded", "stream removed (deadline exceeded)")
 
 
 class ConnectionLost(errors.Unavailable):
@@ -65,16 +72,14 @@ def _foreign(
 ) -> UnderstudyError:
     """The error of a status without a word of ours."""
     lower = message.lower()
-    if code is grpc.StatusCode.UNAVAILABLE or (
-        code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN) and any(word in lower for word in _CUT)
-    ):
+    if code is grpc.StatusCode.UNAVAILABLE or (code in _OF_A_CUT and any(word in lower for word in _OF_A_CUT[code])):
         return ConnectionLost(f"{address}: {message}" if address else message, address)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in lower:
         return errors.InvalidRequest(f"the message is above the size limit: {message}")
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return errors.InternalError(f"{address or 'the server'} does not serve this API: {message}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return errors.DeadlineExceeded("the deadline passed" if lower == "deadline exceeded" else message)
+        return errors.DeadlineExceeded("the deadline passed" if lower in _LATE else message)
     cls = _FROM_CODE.get(code, errors.InternalError)
     return _make(cls, message or f"the server said {code.name} and nothing else", field, retry_after_s)
 

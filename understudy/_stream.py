@@ -16,6 +16,10 @@ from understudy.types import Choice, Completion, Finish, FinishReason, Logprob, 
 from understudy.v1 import inference_pb2 as pb
 
 
+class OutOfStep(errors.Unavailable):
+    """Messages are missing or came in another order. Nothing of it was passed on, so that the stream can be resumed."""
+
+
 @dataclass
 class _Sequence:
     """What has been received of one sequence."""
@@ -25,6 +29,7 @@ class _Sequence:
     logprobs: list[Logprob] = field(default_factory=list)
     traces: list[TokenTrace] = field(default_factory=list)
     echoed: bool = False
+    numbered: bool = False  # its deltas say where they begin
     finish: Finish | None = None
 
 
@@ -61,7 +66,11 @@ class StreamState:
         return resumed
 
     def receive(self, response: pb.GenerateResponse | pb.ChatResponse) -> Piece | None:
-        """What the caller gets of a response, if anything. InternalError where the service breaks its protocol."""
+        """What the caller gets of a response, if anything.
+
+        InternalError where the service breaks its protocol, CannotResume where it goes on with another answer,
+        OutOfStep where something is missing: the call is of no more use then; `ended` says what follows.
+        """
         which = response.WhichOneof("event")
         if which == "prompt_info":
             self._on_prompt_info(response.prompt_info)
@@ -137,6 +146,8 @@ class StreamState:
         sequence = self._sequence(message.index)
         if sequence.finish is not None:
             return None  # the service makes the end of a finished sequence again after a resume
+        if self._had(message, sequence):
+            return None
         piece = self._piece(message)
         if piece.echo:
             if sequence.echoed:
@@ -150,11 +161,33 @@ class StreamState:
         self.attempts.progress()
         return piece if piece.text or piece.token_ids or getattr(piece, "tool_calls", ()) else None
 
+    def _had(self, message: Any, sequence: _Sequence) -> bool:
+        """Whether a delta came before. OutOfStep where what comes before it is missing."""
+        if not message.HasField("position"):
+            return False  # an echo, or a service that does not number them
+        sequence.numbered = True
+        have, start = len(sequence.token_ids), message.position
+        if start == have:
+            return False
+        again = list(message.token_ids)
+        if start > have or start + len(again) > have:
+            raise OutOfStep(f"the service sent tokens from {start} on of sequence {message.index}; {have} had come")
+        if sequence.token_ids[start : start + len(again)] != again:
+            raise errors.InternalError(f"the service sent other tokens of sequence {message.index} from {start} on")
+        return True
+
     def _on_finish(self, message: pb.Finish) -> None:
         sequence = self._sequence(message.index)
-        if sequence.finish is None:
-            sequence.finish = _request.finish(message)
-            self.attempts.progress()
+        if sequence.finish is not None:
+            return
+        have, counted = len(sequence.token_ids), message.usage.completion_tokens
+        if message.HasField("usage") and counted != have:
+            what = f"the service finished sequence {message.index} after {counted} tokens; {have} had come"
+            # Where deltas are numbered, only the last ones can be missing; else nobody knows which.
+            resumable = counted > have and (sequence.numbered or not have)
+            raise OutOfStep(what) if resumable else errors.InternalError(what)
+        sequence.finish = _request.finish(message)
+        self.attempts.progress()
 
     def _sequence(self, index: int) -> _Sequence:
         if index >= self._n:

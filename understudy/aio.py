@@ -16,7 +16,7 @@ from google.protobuf.wrappers_pb2 import StringValue
 
 from understudy import _channel, _request, errors, types
 from understudy._attempts import Attempts
-from understudy._channel import Endpoint, Method, Req, Res
+from understudy._channel import Endpoint, Method, Req, Res, readable
 from understudy._chat import CHAT, ChatOptions, ChatPiece, ChatState, Messages, chat_request
 from understudy._request import GenerateOptions, Metadata, Prompt
 from understudy._shell import StreamShell
@@ -113,7 +113,8 @@ class AsyncClient(Endpoint[grpc.aio.Channel]):
             address = attempts.address
             call = self._channel_to(address).unary_unary(method.path, method.serialize, method.parse)
             try:
-                return await call(request, timeout=attempts.remaining(time.monotonic()), metadata=metadata)
+                timeout = attempts.remaining(time.monotonic())
+                return readable(await call(request, timeout=timeout, metadata=metadata))
             except asyncio.CancelledError:
                 if _task_is_cancelled():
                     raise
@@ -159,7 +160,11 @@ class AsyncStream(StreamShell[asyncio.Event]):
                 if response is grpc.aio.EOF:
                     await self._go_on(None)
                     continue
-                piece = self._receive(response)
+                try:
+                    piece = self._receive(response)
+                except errors.UnderstudyError as error:
+                    await self._go_on(error)
+                    continue
                 if piece is not None:
                     return piece
         raise StopAsyncIteration
@@ -172,7 +177,7 @@ class AsyncStream(StreamShell[asyncio.Event]):
     ) -> None:
         self.cancel()
 
-    async def _go_on(self, error: grpc.RpcError | None) -> None:
+    async def _go_on(self, error: grpc.RpcError | errors.UnderstudyError | None) -> None:
         again = self._after(error)
         if again is not None:
             with contextlib.suppress(TimeoutError):  # nobody cancelled meanwhile

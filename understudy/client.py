@@ -13,7 +13,7 @@ from google.protobuf.wrappers_pb2 import StringValue
 
 from understudy import _channel, _request, errors, types
 from understudy._attempts import Attempts
-from understudy._channel import Endpoint, Method, Req, Res
+from understudy._channel import Endpoint, Method, Req, Res, readable
 from understudy._chat import CHAT, ChatOptions, ChatPiece, ChatState, Messages, chat_request
 from understudy._request import GenerateOptions, Metadata, Prompt
 from understudy._shell import StreamShell
@@ -114,7 +114,7 @@ class Client(Endpoint[grpc.Channel]):
             address = attempts.address
             call = self._channel_to(address).unary_unary(method.path, method.serialize, method.parse)
             try:
-                return call(request, timeout=attempts.remaining(time.monotonic()), metadata=metadata)
+                return readable(call(request, timeout=attempts.remaining(time.monotonic()), metadata=metadata))
             except grpc.RpcError as error:
                 again = attempts.failed(from_rpc(error, self.addresses[address]), time.monotonic())
             time.sleep(again.delay_s)
@@ -151,7 +151,11 @@ class Stream(StreamShell[threading.Event]):
                 self.cancel()
                 raise
             else:
-                piece = self._receive(response)
+                try:
+                    piece = self._receive(response)
+                except errors.UnderstudyError as error:
+                    self._go_on(error)
+                    continue
                 if piece is not None:
                     return piece
         raise StopIteration
@@ -164,7 +168,7 @@ class Stream(StreamShell[threading.Event]):
     ) -> None:
         self.cancel()
 
-    def _go_on(self, error: grpc.RpcError | None) -> None:
+    def _go_on(self, error: grpc.RpcError | errors.UnderstudyError | None) -> None:
         again = self._after(error)
         if again is not None:
             self._wake.wait(again.delay_s)

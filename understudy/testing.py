@@ -304,13 +304,15 @@ def _chat_response(response: pb.GenerateResponse) -> pb.ChatResponse:
     if response.HasField("finish"):
         return pb.ChatResponse(finish=response.finish)
     delta = response.delta
-    out = pb.ChatDelta(index=delta.index, text=delta.text, token_ids=delta.token_ids, logprobs=delta.logprobs)
+    out = pb.ChatDelta(
+        index=delta.index, text=delta.text, token_ids=delta.token_ids, logprobs=delta.logprobs, position=delta.position
+    )
     return pb.ChatResponse(delta=out)
 
 
 def _delta(request: pb.GenerateRequest, index: int, text: str, at: int) -> pb.Delta:
     """The delta of `text`, which begins at token `at` of the answer."""
-    delta = pb.Delta(index=index, text=text, token_ids=[ord(c) for c in text])
+    delta = pb.Delta(index=index, text=text, token_ids=[ord(c) for c in text], position=at)
     if request.response.HasField("logprobs"):
         delta.logprobs.extend(_logprob(char, request.response.logprobs) for char in text)
     if request.response.trace:

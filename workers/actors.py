@@ -19,8 +19,9 @@ import msgspec
 
 from understudy.errors import Unavailable, UnderstudyError
 from workers.cache.events import Changes
-from workers.engine import Engine, EngineConfig, EngineInfo, EngineStats, Request, StepOutput
+from workers.engine import Engine, EngineConfig, EngineInfo, EngineStats
 from workers.engine.loop import EngineLoop
+from workers.engine.pulse import Pulse, one_sequence
 from workers.experts.placement import DispatchReport, HostsView
 from workers.parallel.errors import GroupBroken
 from workers.parallel.meeting import Meeting, join, offer
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 Stage = Literal["starting", "loading", "warming", "ready", "draining", "failed"]
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
 _STOP_S = 10.0  # for the step under way
+_LAST_WORDS_S = 0.2  # for what it told last to reach gateways
 BuildEngine = Callable[..., Engine]  # of (config, progress), and of a group where there are other ranks
 
 
@@ -70,8 +72,8 @@ class ColdStart(msgspec.Struct, frozen=True):
 
 class LeaderReport(msgspec.Struct, frozen=True):
     """A leader as its supervisor sees it. `done` is the share of `stage` in [0, 1]; `step_age_s` is how long the
-    step under way has been running, in seconds; `error` is set where `stage` is failed. `changes` of its cache are
-    there where they were asked for."""
+    step under way has been running, in seconds; `trouble` is what keeps it from making tokens at present; `error` is
+    set where `stage` is failed. `changes` of its cache are there where they were asked for."""
 
     stage: Stage
     done: float
@@ -87,6 +89,7 @@ class LeaderReport(msgspec.Struct, frozen=True):
     experts: DispatchReport | None = None  # where its experts are elsewhere
     ranks: tuple[tuple[int, str], ...] = ()  # process id and node of rank 1 and the following, where there are some
     changes: Changes | None = None
+    trouble: str = ""
     cold_start: ColdStart | None = None  # once it is ready
 
 
@@ -116,7 +119,8 @@ class Leader:
     """Builds an engine in this process and serves it. Its methods run on one event loop.
 
     `start` returns when the engine makes tokens; `report` answers at any time. `threads` is set before anything
-    that reads OMP_NUM_THREADS is imported. `ordered`: when the process was asked for, by the clock on the wall.
+    that reads OMP_NUM_THREADS is imported. A step that runs for longer than `step_timeout_s` seconds is given up.
+    `ordered`: when the process was asked for, by the clock on the wall.
     """
 
     def __init__(
@@ -126,6 +130,7 @@ class Leader:
         wire: WireFactory,
         *,
         own_process: bool = True,
+        step_timeout_s: float = 60.0,
         ordered: float | None = None,
     ) -> None:
         self._process_s = 0.0 if ordered is None else max(0.0, time.time() - ordered)
@@ -136,6 +141,8 @@ class Leader:
         self._config = config
         self._build = build
         self._make_wire = wire
+        self._step_timeout_s = step_timeout_s
+        self._pulse: asyncio.Task[None] | None = None
         self._stage: Stage = "starting"
         self._done = 0.0
         self._error: BaseException | None = None
@@ -159,13 +166,14 @@ class Leader:
             engine = await asyncio.to_thread(self._make, meeting)
             built = time.monotonic()
             self._experts = getattr(engine, "experts", None)
-            self._loop = EngineLoop(engine, on_error=self._fail)
+            self._loop = EngineLoop(engine, wedged_after_s=self._step_timeout_s, on_error=self._fail)
             self._stage, self._done = "warming", 0.0
             await warm_up(self._loop)
             self._wire = self._make_wire(self._loop)
             self._address = await self._wire.start()
             self._note_start(begun, built)
             self._stage, self._done = "ready", 1.0
+            self._pulse = asyncio.create_task(Pulse(self._loop).run(), name="pulse")
         except Exception as error:
             if not isinstance(error, UnderstudyError):
                 log.exception("the engine could not be built")
@@ -208,6 +216,7 @@ class Leader:
             stats=loop.stats(),
             step_age_s=loop.last_step_age(),
             wedged=loop.wedged,
+            trouble=loop.trouble(),
             gateways=len(self._wire.gateways) if self._wire is not None else 0,
             experts=self._experts.report() if self._experts is not None else None,
             changes=None if wanted is None else loop.journal.since(wanted),
@@ -228,18 +237,19 @@ class Leader:
         return await asyncio.to_thread(self._loop.drain, time.monotonic() + seconds)
 
     async def stop(self) -> None:
-        """Cancels what is left and gives everything back; the log says what the engine then still holds, or that it
-        did not end. Idempotent."""
+        """Cancels what is left, so that it goes on elsewhere, and gives everything back; the log says what the engine
+        then still holds, or that it did not end. Idempotent."""
         loop, self._loop = self._loop, None
         wire, self._wire = self._wire, None
+        if self._pulse is not None:
+            self._pulse.cancel()
+        if loop is not None:
+            if not await asyncio.to_thread(loop.stop, _STOP_S):
+                log.error("the engine was left behind: its step did not end within %g s", _STOP_S)
+            elif loop.error is not None:
+                log.error("the engine did not end well: %s", loop.error)
         if wire is not None:
-            await wire.stop()
-        if loop is None:
-            return
-        if not await asyncio.to_thread(loop.stop, _STOP_S):
-            log.error("the engine was left behind: its step did not end within %g s", _STOP_S)
-        elif loop.error is not None:
-            log.error("the engine did not end well: %s", loop.error)
+            await wire.stop(_LAST_WORDS_S)
 
     def _progress(self, done: int, total: int) -> None:
         self._done = done / total if total else 0.0
@@ -325,21 +335,7 @@ async def warm_up(loop: EngineLoop) -> None:
 
     Raises RuntimeError when it fails.
     """
-    here = asyncio.get_running_loop()
-    ended: asyncio.Future[str] = here.create_future()
-
-    def finish(error: str) -> None:
-        if not ended.done():
-            ended.set_result(error)
-
-    def sink(output: StepOutput) -> None:
-        for sequence in output.outputs:
-            if sequence.finish is not None:
-                here.call_soon_threadsafe(finish, sequence.error)
-
-    with loop.attach(sink) as session:
-        session.submit(Request("warm-up", [0, 0, 0], 2, bypass_prefix_cache=True))
-        error = await ended
+    error = await one_sequence(loop, "warm-up", 2)
     if error:
         raise RuntimeError(f"the engine cannot make a token: {error}")
 

@@ -87,7 +87,7 @@ class ChatAnswer:
     def _messages(self, part: _Part | None) -> list[pb.ChatResponse]:
         if part is None:
             return []
-        delta = pb.ChatDelta(index=part.index)
+        delta = pb.ChatDelta(index=part.index, position=part.position)
         for event in part.events:
             self._tell(delta, event)
         if self._want_token_ids:
@@ -126,6 +126,7 @@ class ChatAnswer:
 @dataclass(slots=True)
 class _Part:
     index: int
+    position: int
     events: list[Event]
     tokens: list[_Token]
 
@@ -139,6 +140,7 @@ class _Sequence:
         self.names: dict[int, str] = {}
         self._decoder = decoder
         self._tokens: list[_Token] = []
+        self._passed = len(received)
         self._starts: list[int] = []  # of every token, where its text begins
         self._fed = 0
         text = ""
@@ -165,14 +167,18 @@ class _Sequence:
         if not ready:
             return None
         self._tokens = self._tokens[len(ready) :]
-        return _Part(self.index, self._events(ready[-1].end), ready)
+        return self._part(self._events(ready[-1].end), ready)
 
     def finish(self) -> _Part | None:
         """Everything that is left."""
         self.parser.finish()
         tokens, self._tokens = self._tokens, []
         events = self._events(self._fed)
-        return _Part(self.index, events, tokens) if events or tokens else None
+        return self._part(events, tokens) if events or tokens else None
+
+    def _part(self, events: list[Event], tokens: list[_Token]) -> _Part:
+        position, self._passed = self._passed, self._passed + len(tokens)
+        return _Part(self.index, position, events, tokens)
 
     def _events(self, upto: int) -> list[Event]:
         """Those that the first `upto` characters complete, less what was told before."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from networks import two_networks
 from service_process import UNDERSTUDY, Service, make_tiny_llama, running, until
 
 from understudy.client import Client
@@ -147,35 +147,6 @@ else:
     engine.close()
     print(json.dumps(tokens))
 """
-
-
-@contextmanager
-def two_networks() -> Iterator[list[str]]:
-    """Names of two network namespaces whose hosts are 10.77.31.1 and 10.77.31.2, joined by a wire of their own."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("network namespaces need root and `ip` (iproute2)")
-    names = [f"understudy-{os.getpid()}-{i}" for i in (1, 2)]
-
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
-
-    made = []
-    try:
-        for name in names:
-            try:
-                ip("netns", "add", name)
-            except subprocess.CalledProcessError as error:
-                pytest.skip(f"no network namespace can be made here: {error.stderr.strip()}")
-            made.append(name)
-        ip("link", "add", "us1", "netns", names[0], "type", "veth", "peer", "name", "us2", "netns", names[1])
-        for i, name in enumerate(names, 1):
-            ip("-n", name, "addr", "add", f"10.77.31.{i}/24", "dev", f"us{i}")
-            ip("-n", name, "link", "set", f"us{i}", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield names
-    finally:
-        for name in made:
-            ip("netns", "del", name)
 
 
 def test_ranks_in_networks_of_their_own(tmp_path: Path) -> None:

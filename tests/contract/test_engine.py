@@ -307,3 +307,19 @@ def test_barred_and_biased_tokens(case: Case):
     sampling = Sampling(temperature=0, bad_words=[[answer[0]]])
     barred = tokens(finish(case.engine, Request("b", [1, 2, 3], 4, sampling))["b"])
     assert answer[0] not in barred
+
+
+def test_who_wants_spans_is_told_how_long_it_was_computed_by_its_first_output(case: Case):
+    prompt = list(range(1, 80))  # three steps at least
+    outputs = finish(
+        case.engine,
+        Request("told", prompt, 4, GREEDY, bypass_prefix_cache=True, traceparent="00-1-2-01"),
+        Request("plain", prompt, 4, GREEDY, bypass_prefix_cache=True),
+    )
+    told = [o.computing_us for o in outputs["told"]]
+    assert told[0] > 0
+    assert not any(told[1:])
+    assert not any(o.computing_us for o in outputs["plain"])
+    case.engine.add(Request("gone", prompt, 4, GREEDY, traceparent="00-1-2-01"))
+    case.engine.cancel("gone")
+    assert [o.computing_us for o in case.engine.step()] == [0]

@@ -64,6 +64,7 @@ def status(
         ("id", "model", "state", "node", "epoch", "running", "waiting", "tokens made", "cache", "hits", "drafts"),
         [_replica(replica) for replica in found.replicas],
     )
+    _store(list(found.replicas))
     _router(found.router)
     for placement in found.experts:
         show(placement)
@@ -110,6 +111,19 @@ def _replica(replica: admin_pb2.Replica) -> tuple[str, ...]:
         hits,
         f"{replica.accepted_tokens / replica.drafted_tokens:.0%}" if replica.drafted_tokens else "-",
     )
+
+
+def _store(replicas: list[admin_pb2.Replica]) -> None:
+    """What was loaded from behind the devices; nothing where no replica ever did or wrote."""
+    rows = []
+    for replica in replicas:
+        c = replica.cache
+        if any((c.host_loaded_bytes, c.store_loaded_bytes, c.store_loads_given_up, c.store_writes_dropped)):
+            loaded = [(c.host_loaded_bytes, c.host_load_seconds), (c.store_loaded_bytes, c.store_load_seconds)]
+            shown = [f"{size / 1e6:,.1f} MB in {seconds:,.2f} s" if size else "-" for size, seconds in loaded]
+            rows.append((replica.id, *shown, f"{c.store_loads_given_up:,}", f"{c.store_writes_dropped:,}"))
+    if rows:
+        common.table("prefix store", ("replica", "from the host", "from Redis", "given up", "writes dropped"), rows)
 
 
 def _router(router: admin_pb2.RouterStatus) -> None:

@@ -99,7 +99,8 @@ class Request(msgspec.Struct, frozen=True, array_like=True, tag=True):
     their positions. `len(prompt) + max_tokens` is at most the context. `logprobs` is None for none, else how many
     of the likeliest tokens come with each token; `prompt_logprobs` the same for the prompt's tokens from the second
     on, which are then computed whatever is cached. Sequences with one `family` (not empty) have one prompt: it is
-    computed once, and those that come later share the blocks of the first.
+    computed once, and those that come later share the blocks of the first. `traceparent` is the W3C trace context of
+    whoever asks, where spans of this sequence are wanted.
     """
 
     id: str
@@ -120,6 +121,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True, tag=True):
     grammar: Grammar | None = None
     interjection: Interjection | None = None
     probe: Probe | None = None
+    traceparent: str = ""
 
 
 class TokenLogprob(msgspec.Struct, array_like=True):
@@ -176,7 +178,8 @@ class SequenceOutput(msgspec.Struct, array_like=True):
     the shared store. `traces` has one entry per token where a probe was asked for. A format that lets nothing follow
     ends its answer with EOS, with or without an EOS token. `error` says what went wrong when `finish` is ERROR. Where
     it is the request's own doing, as when its rules leave no token, `field` is the field to blame, and `error` a text
-    for the client; every replica would end so.
+    for the client; every replica would end so. `computing_us`, in the first output of a sequence whose spans are
+    wanted: microseconds since its first step began.
     """
 
     id: str
@@ -190,13 +193,16 @@ class SequenceOutput(msgspec.Struct, array_like=True):
     cached_host: int = 0
     cached_store: int = 0
     field: str = ""
+    computing_us: int = 0
 
 
 class StepOutput(msgspec.Struct, array_like=True, tag=True):
-    """One step's tokens for one session: at most one entry per sequence."""
+    """One step's tokens for one session: at most one entry per sequence. `lost`: the engine as a whole has failed, and
+    nothing more will come."""
 
     step: int
     outputs: list[SequenceOutput]
+    lost: str = ""
 
 
 class EngineInfo(msgspec.Struct, frozen=True):

@@ -99,6 +99,7 @@ class EngineCore:
         self._proposer = proposer
         self._draft_tokens = draft_tokens
         self._formats = formats
+        self._timed: list[Sequence] = []  # spans of them are wanted, and they were in no step yet
         self._probed = 0  # sequences that ask what happens inside the layers
         self._opening: list[Sequence] = []  # whose grammar is being compiled beside the steps
         self._threads = None if formats is None else ThreadPoolExecutor(2, thread_name_prefix="format")
@@ -135,6 +136,8 @@ class EngineCore:
             self._ask_whole(plan)
         masks = self._start_masks(plan) if self._threads is not None else {}
         began = time.perf_counter()
+        if self._timed:
+            self._note_first_steps(began)
         try:
             logits = self._runner.run(plan)
             choices = self._sampler.choose(*self._sampled(plan, logits, masks))
@@ -178,6 +181,8 @@ class EngineCore:
             sequence.plain = sequence.told is None and sequence.ways is None
             self._sequences[request.id] = sequence
             self._probed += looks_inside(request)
+            if request.traceparent:
+                self._timed.append(sequence)
             if request.grammar is not None:
                 self._open(sequence, request.grammar)
             else:
@@ -410,6 +415,12 @@ class EngineCore:
         if matcher.finished:
             made.finish = FinishReason.EOS
 
+    def _note_first_steps(self, now: float) -> None:
+        for sequence in self._timed:
+            if sequence.cached is not None:  # admitted to the step that begins
+                sequence.began = now
+        self._timed = [s for s in self._timed if not s.began and s.id in self._sequences]
+
     def _report(self, made: _Made) -> SequenceOutput:
         s, choices = made.sequence, made.choices
         output = self._output(s) if made.finish is None else self._end(s, made.finish, made.error, made.field)
@@ -433,6 +444,8 @@ class EngineCore:
                 device, output.cached_host, output.cached_store = sequence.loaded
                 output.cached_tokens = sequence.cached + device
             output.prompt_logprobs = None if sequence.asks_prompt else sequence.told
+            if sequence.began:
+                output.computing_us = max(1, int((time.perf_counter() - sequence.began) * 1e6))
         return output
 
     def _end(self, sequence: Sequence, finish: FinishReason, error: str = "", field: str = "") -> SequenceOutput:

@@ -45,6 +45,7 @@ class _Running:
     blocks: list[bytes]
     tokens: list[int]
     reported: bool = False
+    began: float = 0.0  # moment of the first step that computed its prompt
 
 
 def fake_token(key: int, position: int, vocab_size: int) -> int:
@@ -59,9 +60,9 @@ class FakeEngine:
     """Keeps the contract of `Engine`.
 
     `step_s` is how long a step takes: seconds, or a function of its rows; it is spent in `sleep`. `answer` gives the
-    tokens of a request's answer from its start (`generated` included); after them comes the first EOS id, or,
-    without one, hashed tokens. More than
-    `max_running` sequences wait.
+    tokens of a request's answer from its start (`generated` included); after them comes the first EOS id, or, without
+    one, hashed tokens. More than `max_running` sequences wait. `fatal` is asked about every request and how many tokens
+    of its answer there are, before one is made: true ends the engine, with everybody's tokens of that step.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class FakeEngine:
         model: str = "fake",
         fingerprint: str = "fake",
         numerics_id: str = "fake",
+        fatal: Callable[[Request, int], bool] | None = None,
     ) -> None:
         self._info = EngineInfo(
             model=model,
@@ -96,6 +98,7 @@ class FakeEngine:
         self._step_s = step_s if callable(step_s) else lambda _rows, seconds=step_s: seconds
         self._sleep = sleep
         self._answer = answer
+        self._fatal = fatal
         self._waiting: dict[str, Request] = {}
         self._running: dict[str, _Running] = {}
         self._ended: list[SequenceOutput] = []  # cancelled or refused, told by the next step
@@ -149,12 +152,16 @@ class FakeEngine:
             raise self._failures.pop(0)
         outputs, self._ended = self._ended, []
         self._admit()
-        rows, ready = self._schedule()
+        began = time.perf_counter()
+        rows, ready = self._schedule(began)
         if rows:
             self._stats.steps += 1
             seconds = self._step_s(rows)
             if seconds > 0:
                 self._sleep(seconds)
+        for sequence in ready:
+            if self._fatal is not None and self._fatal(sequence.request, sequence.made):
+                raise RuntimeError("the engine died of a request, on demand")
         outputs += [self._advance(sequence) for sequence in ready]
         return outputs
 
@@ -218,13 +225,14 @@ class FakeEngine:
         root = root_key(info.model_fingerprint, info.dtype, info.numerics_id, request.cache_salt)
         return block_keys(root, request.prompt[:-1], BLOCK_TOKENS)
 
-    def _schedule(self) -> tuple[int, list[_Running]]:
+    def _schedule(self, now: float) -> tuple[int, list[_Running]]:
         """Rows of this step, and who gets a token from it: decoding first, then prefills share the rest."""
         decoding = [r for r in self._running.values() if r.left == 0]
         ready, rows = list(decoding), len(decoding)
         budget = self._info.chunk_tokens
         for sequence in self._running.values():
             if sequence.left and budget > 0:
+                sequence.began = sequence.began or now
                 take = min(sequence.left, budget)
                 budget, rows, sequence.left = budget - take, rows + take, sequence.left - take
                 self._stats.computed_prompt_tokens += take
@@ -236,6 +244,8 @@ class FakeEngine:
         request, output = sequence.request, SequenceOutput(sequence.request.id, [])
         if not sequence.reported:
             sequence.reported, output.cached_tokens = True, sequence.cached
+            if request.traceparent and sequence.began:
+                output.computing_us = max(1, int((time.perf_counter() - sequence.began) * 1e6))
             if request.prompt_logprobs is not None:
                 output.prompt_logprobs = [self._logprob(t, request.prompt_logprobs) for t in request.prompt[1:]]
             for key in sequence.blocks:

@@ -26,12 +26,11 @@ from workers.engine.contract import (
     Engine,
     EngineInfo,
     EngineStats,
-    FinishReason,
     Request,
     SequenceOutput,
     StepOutput,
 )
-from workers.parallel.errors import GroupBroken
+from workers.engine.stall import FLOOR_S, StallBound
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +81,9 @@ class _Owner:
 class EngineLoop:
     """Runs `engine` on a thread of its own from construction until `stop` or a failure of the engine.
 
-    `clock` gives seconds; `wedged_after_s` is how long one step may take before `wedged` says so. `on_error` is
-    called once, on the engine thread, when the engine failed.
+    `clock` gives seconds; `wedged_after_s` is how long one step may take before `wedged` says so, and `stall_floor_s`
+    the least before `trouble` does (`workers.engine.stall`). `on_error` is called once, on the engine thread, when the
+    engine failed. `concern`: what somebody who watches it has found (`workers.engine.pulse`).
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class EngineLoop:
         *,
         clock: Callable[[], float] = time.monotonic,
         wedged_after_s: float = 60.0,
+        stall_floor_s: float = FLOOR_S,
         on_error: Callable[[BaseException], None] | None = None,
         name: str = "engine",
     ) -> None:
@@ -99,6 +100,8 @@ class EngineLoop:
         self._clock = clock
         self._wedged_after_s = wedged_after_s
         self._on_error = on_error
+        self._bound = StallBound(engine.info.chunk_tokens, stall_floor_s)
+        self.concern = ""
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
         self._idle = threading.Condition(self._lock)
@@ -148,6 +151,17 @@ class EngineLoop:
         if not self._thread.is_alive() and not self._stopping:
             return True
         return self.last_step_age() > self._wedged_after_s
+
+    def trouble(self) -> str:
+        """What keeps it from making tokens, in words; empty where nothing does."""
+        if self.error is not None:
+            return f"the engine failed: {self.error}"
+        if not self._thread.is_alive() and not self._stopping:
+            return "the engine's thread is gone"
+        age = self.last_step_age()
+        if age > self._bound.seconds:
+            return f"a step has been running for {age:.1f} s; the slowest before took {self._bound.slowest_s:.2f} s"
+        return self.concern
 
     @property
     def draining(self) -> bool:
@@ -257,8 +271,10 @@ class EngineLoop:
         stats, before = msgspec.structs.replace(self._engine.stats()), self._stats
         stats.prefill_rows, stats.prefill_seconds = before.prefill_rows, before.prefill_seconds
         prompts = stats.computed_prompt_tokens - before.computed_prompt_tokens
+        rows = prompts + stats.generated_tokens - before.generated_tokens
+        self._bound.note(seconds, rows)
         if prompts > 0:
-            stats.prefill_rows += prompts + stats.generated_tokens - before.generated_tokens
+            stats.prefill_rows += rows
             stats.prefill_seconds += seconds
         return stats
 
@@ -308,9 +324,12 @@ class EngineLoop:
         with self._lock:
             self.error = error
             self._commands.clear()
-            reason = f"{type(error).__name__}: {error}"
-            outputs = [SequenceOutput(inner, [], finish=FinishReason.ERROR, error=reason) for inner in self._owners]
-        if not isinstance(error, GroupBroken):  # else this process ends, and every stream goes on elsewhere
-            self._deliver(outputs)
+            sessions = {owner.session for owner in self._owners.values()}
+            for session in sessions:
+                session._live.clear()
+            self._owners.clear()
+            self._idle.notify_all()
+        for session in sessions:  # every stream goes on elsewhere
+            self._send(session, StepOutput(self._step, [], lost=f"the engine failed: {type(error).__name__}: {error}"))
         if self._on_error is not None:
             self._on_error(error)

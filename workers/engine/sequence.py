@@ -48,6 +48,7 @@ class Sequence:
     ways: Ways | None = None
     opening: Future[Matcher] | None = None  # its format is being opened: the scheduler does not know it yet
     matcher: Matcher | None = None
+    began: float = 0.0  # moment of its first step, where spans of it are wanted
 
     @property
     def id(self) -> str:

@@ -40,11 +40,11 @@ class ExpertHostActor:
         self._process.keep(_places.decode(places))
 
 
-def expert_host_actor(*, num_cpus: float, num_gpus: float = 0.0) -> Any:
+def expert_host_actor(*, num_cpus: float, num_gpus: float = 0.0, resources: dict[str, float] | None = None) -> Any:
     """`ExpertHostActor` as a Ray actor class with its resources named, away from its siblings where there are nodes.
     It is never restarted: its supervisor starts another."""
     import ray
 
     return ray.remote(ExpertHostActor).options(
-        num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=0, scheduling_strategy="SPREAD"
+        num_cpus=num_cpus, num_gpus=num_gpus, resources=resources or {}, max_restarts=0, scheduling_strategy="SPREAD"
     )

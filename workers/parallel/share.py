@@ -68,9 +68,10 @@ class Share:
     @property
     def numerics(self) -> str:
         """What it adds to a numerics id: how sums are cut decides their bits."""
-        if self.invariant:
-            return f"/tree-{PARTS}"
-        return f"/tensor-parallel-{self.size}" if self.size > 1 else ""
+        if not self.invariant and self.size == 1:
+            return ""
+        sums = f"/tree-{PARTS}" if self.invariant else f"/tensor-parallel-{self.size}"
+        return sums + ("/whole-experts" if self.whole_experts else "")
 
     def summed(self, units: int) -> list[range]:
         """This rank's parts of a sum over `units` (heads, or columns), each a part of its own in the tree."""

@@ -178,6 +178,20 @@ def test_metadata_carry_identity_name_and_trace(connect: Any, server: FakeServer
     assert call.metadata["traceparent"] == trace
 
 
+def test_the_span_that_is_open_in_the_caller_is_passed_on(connect: Any, server: FakeServer) -> None:
+    from opentelemetry import trace
+    from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
+
+    of = SpanContext(0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331, False, TraceFlags(1))
+    connect(server.address).call("complete", "Hi")
+    with trace.use_span(NonRecordingSpan(of)):
+        client = connect(server.address)
+        client.call("complete", "Hi")
+        client.call("complete", "Hi", traceparent="00-1-2-01")
+    sent = [call.metadata.get("traceparent") for call in server.calls]
+    assert sent == [None, "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "00-1-2-01"]
+
+
 def test_a_request_without_a_name_gets_one_and_keeps_it(connect: Any, server: FakeServer) -> None:
     server.break_after(0)
     server.break_after(4)

@@ -281,6 +281,7 @@ def busy(server: FakeServer) -> FakeServer:
     replica.epoch = 2**40
     replica.cache.hit_tokens, replica.cache.queried_tokens = 1, 4
     replica.cache.store_hit_tokens = 2
+    status.replicas[0].cache.store_loaded_bytes, status.replicas[0].cache.store_load_seconds = 4_000_000, 0.5
     status.router.decisions["least_work"] = 31
     status.router.decisions["device"] = 0
     status.router.reused_tokens["device"] = 12_345
@@ -344,6 +345,7 @@ def test_status_is_a_table_for_people(busy: FakeServer) -> None:
         "m-0",
         "least work 31",
         "device 12,345",
+        "4.0 MB in 0.50 s",
     )
     for word in words:
         assert word in shown

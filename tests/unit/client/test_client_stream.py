@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from understudy import Retry, errors
 from understudy._attempts import Attempts
 from understudy._request import generate_request
-from understudy._stream import StreamState
+from understudy._stream import OutOfStep, StreamState
 from understudy.v1 import inference_pb2 as pb
 
 INFO = pb.PromptInfo(
@@ -253,3 +253,61 @@ def test_an_echo_is_text_and_no_token_and_comes_once() -> None:
     assert piece is not None
     assert (piece.echo, piece.token_ids) == (True, (1, 2))
     assert s.token_ids(0) == ()
+
+
+def numbered(position: int, *ids: int) -> pb.GenerateResponse:
+    message = delta(*ids)
+    message.delta.position = position
+    return message
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(0, 2**32))
+def test_numbered_deltas_in_any_order_are_taken_once_or_asked_for_again(ids: list[int], seed: int) -> None:
+    """Attempts send the rest in deltas of any size, some twice, some not, in any order; the last one is honest."""
+    chance, s = random.Random(seed), state()
+    end = pb.GenerateResponse(finish=pb.Finish(reason=1, usage=pb.Usage(completion_tokens=len(ids))))  # type: ignore[arg-type]
+    for honest in (False, False, False, False, True):
+        s.request()
+        start, messages = len(s.token_ids(0)), [end]
+        while start < len(ids):
+            size = chance.randint(1, len(ids) - start)
+            times = 1 if honest else chance.choice([0, 1, 1, 1, 2])
+            messages[-1:-1] = [numbered(start, *ids[start : start + size])] * times
+            start += size
+        if not honest:
+            chance.shuffle(messages)
+        s.receive(info())
+        try:
+            for message in messages:
+                s.receive(message)
+        except OutOfStep as gap:
+            s.ended(gap, 0.0)
+        assert list(s.token_ids(0)) == ids[: len(s.token_ids(0))]
+        if s.complete:
+            break
+    assert s.complete
+    assert list(s.token_ids(0)) == ids
+
+
+def test_a_delta_that_came_half_is_asked_for_again_and_one_with_other_tokens_is_an_error() -> None:
+    s = state()
+    s.request()
+    for message in (info(), numbered(0, 1, 2, 3)):
+        s.receive(message)
+    assert s.receive(numbered(1, 2, 3)) is None
+    with pytest.raises(OutOfStep, match="from 2 on of sequence 0; 3 had come"):
+        s.receive(numbered(2, 3, 4))
+    with pytest.raises(errors.InternalError, match="other tokens"):
+        s.receive(numbered(1, 9))
+    assert s.token_ids(0) == (1, 2, 3)
+
+
+@pytest.mark.parametrize(("counted", "kind"), [(2, errors.InternalError), (4, OutOfStep)])
+def test_a_finish_that_counts_other_tokens_than_came(counted: int, kind: type[errors.UnderstudyError]) -> None:
+    s = state()
+    s.request()
+    for message in (info(), numbered(0, 1, 2, 3)):
+        s.receive(message)
+    with pytest.raises(kind, match=f"after {counted} tokens; 3 had come"):
+        s.receive(pb.GenerateResponse(finish=pb.Finish(reason=1, usage=pb.Usage(completion_tokens=counted))))  # type: ignore[arg-type]
+    assert s.finish(0) is None

@@ -152,6 +152,13 @@ def test_expert_hosts_are_for_models_with_experts(demo_model: Path) -> None:
         load(demo | {"expert_hosts": -1})
 
 
+def test_spans_go_where_gateways_and_replicas_are_told(model: Path) -> None:
+    (model / "tokenizer.json").write_text("{}")
+    plan = make_plan(load({"model": [str(model)]}, {"UNDERSTUDY_OTLP_ENDPOINT": "https://[::1]:4317"}), 2)
+    assert plan.gateway.config.otlp_endpoint == plan.replicas[0].otlp_endpoint == "https://[::1]:4317"
+    assert make_plan(load({"model": [str(model)]}), 2).replicas[0].otlp_endpoint is None
+
+
 def test_several_models_by_name(model: Path) -> None:
     config = load({"model": [str(model), f"other={model}"]})
     assert [m.name for m in config.models] == ["llama", "other"]
@@ -183,6 +190,8 @@ def test_several_models_by_name(model: Path) -> None:
         ({"draft_tokens": 65}, ["--draft-tokens", "65", "64"]),
         ({"heartbeat_timeout": 0.1}, ["--heartbeat-timeout", "0.1", "0.5"]),
         ({"max_streams": 0}, ["--max-streams", "0", "1"]),
+        ({"otlp_endpoint": "127.0.0.1:4317"}, ["--otlp-endpoint", "127.0.0.1:4317", "http://HOST:4317"]),
+        ({"otlp_endpoint": "http://collector"}, ["--otlp-endpoint", "http://collector", "http://HOST:4317"]),
         ({"max_message_bytes": "1KiB"}, ["--max-message-bytes", "1024", "65536"]),
         ({"max_message_bytes": "1GiB"}, ["--max-message-bytes", "536870912"]),
         ({"max_queue": 0}, ["--max-queue", "0", "1"]),

@@ -64,6 +64,9 @@ class Port:
         await self._alive()
         await self.inner.stop()
 
+    def awaited(self) -> str:
+        return "rank 1"
+
     def kill(self) -> None:
         self.kills += 1
 
@@ -76,6 +79,7 @@ class Link:
         self.stages: list[str] = []
         self.latest: Member | None = None
         self.reachable = True
+        self.stalls: list[str] = []
 
     def _check(self) -> None:
         if not self.reachable:
@@ -96,11 +100,16 @@ class Link:
         self._check()
         self.roster.leave(holder)
 
+    async def stall(self, replica: str, epoch: int, trouble: str) -> None:
+        self._check()
+        self.stalls.append(f"{replica} {epoch}: {trouble}")
+
 
 def supervise(port: Port, link: Link, silence_s: float = 5.0) -> Supervisor:
     return Supervisor(
-        model="m", holder="h", node="n", start_leader=lambda _: port, router=link, beat_s=0.01, silence_s=silence_s
-    )
+        model="m", holder="h", node="n", start_leader=lambda _: port, router=link, beat_s=0.01, patience_s=0.01,
+        silence_s=silence_s,
+    )  # fmt: skip
 
 
 async def until(predicate: Callable[[], object]) -> None:
@@ -310,8 +319,9 @@ async def test_a_leader_that_hangs_is_dead() -> None:
     await supervisor.start()
     port.silent.set()
     await supervisor.run()
-    with pytest.raises(Unavailable, match=r"no answer for 0\.05 s"):
+    with pytest.raises(Unavailable, match=r"no answer from rank 1 for 0\.05 s"):
         supervisor.check()
+    assert link.stalls[0] == "m-0 1: no answer from rank 1 for 0.01 s or longer"
     await port.inner.stop()
 
 

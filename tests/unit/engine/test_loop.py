@@ -38,6 +38,11 @@ class Inbox:
                     left.discard(output.id)
         return got
 
+    def until_lost(self) -> str:
+        while not (step := self._queue.get(timeout=PATIENCE)).lost:
+            self.steps.append(step)
+        return step.lost
+
     @property
     def empty(self) -> bool:
         return self._queue.empty()
@@ -215,9 +220,8 @@ def test_a_step_that_raises_is_told_to_everybody(caplog):
     failure = RuntimeError("the roof fell in")
     engine.fail_next_step(failure)
     gate.let()
-    for inbox, id in zip(inboxes, "ab", strict=True):
-        last = inbox.until_finished(id)[id][-1]
-        assert (last.finish, last.error) == (FinishReason.ERROR, "RuntimeError: the roof fell in")
+    for inbox in inboxes:
+        assert inbox.until_lost() == "the engine failed: RuntimeError: the roof fell in"
     loop._thread.join(PATIENCE)
     assert loop.error is failure
     assert told == [failure]
@@ -238,7 +242,7 @@ def test_a_failure_is_told_by_an_engine_that_has_no_figures_any_more(caplog):
     loop = EngineLoop(Broken(), on_error=told.append)
     with loop.attach(inbox) as session:
         session.submit(Request("a", [1], 5))
-        assert inbox.until_finished("a")["a"][-1].finish is FinishReason.ERROR
+        assert inbox.until_lost() == "the engine failed: RuntimeError: no figures"
     assert loop.stop()
     assert [str(error) for error in told] == ["no figures"]
     assert "the engine failed" in caplog.text

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_checkpoint import tensors, write
 from torch import Tensor
 
@@ -73,3 +77,62 @@ def test_the_cache_is_divided_like_the_heads(tmp_path: Path) -> None:
     assert rank.info.cache_bytes == whole.info.cache_bytes
     assert rank.info.numerics_id == whole.info.numerics_id + "/tensor-parallel-2"
     assert rank.info.model_fingerprint == whole.info.model_fingerprint
+
+
+GROWTH = """
+import resource, sys, torch
+from safetensors import safe_open  # imported before anything is counted
+from workers.engine.contract import EngineConfig
+from workers.engine.runner import Runner
+from workers.kernels.choose import make_ops
+sys.path.insert(0, sys.argv[3])
+from test_shares_read import OneOf
+
+make_ops("float32", "cpu", "plain", 1)
+config = EngineConfig(sys.argv[1], kernels="plain", cache_bytes=1 << 20, threads=1, tensor_parallel=int(sys.argv[2]))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+runner = Runner.from_checkpoint(config, **({"group": OneOf(0, config.tensor_parallel)} if sys.argv[2] != "1" else {}))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def peak_growth(path: Path, size: int) -> int:
+    """KiB by which the memory of a process grows, at its highest, while it loads rank 0 of `size`."""
+    here = Path(__file__)
+    command = [sys.executable, "-c", GROWTH, str(path), str(size), str(here.parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=here.parents[3])
+    return int(done.stdout)
+
+
+def test_a_ranks_memory_is_its_part_of_the_model_at_its_highest_too(tmp_path: Path) -> None:
+    """A model of 170 MB. What every rank has whole, and what a process needs beside weights, is small beside it."""
+    path = write_llama(tmp_path)
+    whole, half, quarter = (peak_growth(path, size) for size in (1, 2, 4))
+    assert half < 0.65 * whole
+    assert quarter < 0.45 * whole
+
+
+def write_llama(path: Path, hidden: int = 512, layers: int = 8) -> Path:
+    """A random Llama, large enough that its weights are most of what a process holds."""
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 8000, "hidden_size": hidden,
+        "intermediate_size": 4 * hidden, "num_hidden_layers": layers, "num_attention_heads": 8, "rms_norm_eps": 1e-5,
+        "num_key_value_heads": 4, "max_position_embeddings": 128, "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    made = {
+        "model.embed_tokens.weight": (8000, hidden),
+        "lm_head.weight": (8000, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for i in range(layers):
+        at = f"model.layers.{i}"
+        made |= {f"{at}.{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+        made |= {f"{at}.self_attn.{name}.weight": (hidden, hidden) for name in ("q_proj", "o_proj")}
+        made |= {f"{at}.self_attn.{name}.weight": (hidden // 2, hidden) for name in ("k_proj", "v_proj")}
+        made |= {f"{at}.mlp.{name}.weight": (4 * hidden, hidden) for name in ("gate_proj", "up_proj")}
+        made[f"{at}.mlp.down_proj.weight"] = (hidden, 4 * hidden)
+    draw = torch.Generator().manual_seed(0)
+    save_file({name: torch.randn(*shape, generator=draw) for name, shape in made.items()}, path / "model.safetensors")
+    return path

@@ -21,6 +21,7 @@ from router.models import SamplingDefaults, ServedModel
 from router.server import GatewayConfig
 from router.state import Router
 from router.text import ModelText
+from router.tracing import Tracer
 from understudy.v1 import inference_pb2 as pb
 from understudy.v1 import inference_pb2_grpc
 from workers.engine import Request
@@ -120,6 +121,7 @@ class Stage:
         patience: Patience | None = None,
         defaults: SamplingDefaults | None = None,
         serve_models: bool = True,
+        tracer: Tracer | None = None,
     ) -> Gateway:
         """Starts the gateway, with a client."""
         if not self.replicas:
@@ -134,6 +136,7 @@ class Stage:
             [model] if serve_models else [],
             timing=timing or Timing(ping_s=0.05, heartbeat_timeout=30.0),
             patience=patience or Patience(retry=0.01),
+            tracer=tracer,
         )
         port = await self.gateway.start()
         self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")

@@ -128,6 +128,11 @@ async def test_resumed_anywhere_it_is_the_same(stage: Stage) -> None:
         rest = await chat(stage, request)
         more = summary(deltas(rest))
         assert [a + b for a, b in zip(had, more, strict=True)] == list(summary(found)), cut
+        at = len(had[4])
+        for delta in deltas(rest):
+            assert delta.HasField("position")
+            assert delta.position == at
+            at += len(delta.token_ids)
         assert rest[-1].finish == whole[-1].finish
 
 

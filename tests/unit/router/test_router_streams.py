@@ -191,6 +191,11 @@ async def test_resume_goes_on_with_the_next_token(stage: Stage) -> None:
         )
         rest = await stage.generate(stopping=OPEN_END, resume=resume)
         assert rest.ids == whole.ids[have:]
+        for delta in rest.deltas:  # each says where it begins in the whole answer
+            assert delta.HasField("position")
+            assert [*delta.token_ids] == whole.ids[delta.position :][: len(delta.token_ids)]
+            assert delta.position == have
+            have += len(delta.token_ids)
         assert rest.reason == "LENGTH"
         assert rest.finish.usage.completion_tokens == 20
         assert rest.infos[0].seed == info.seed
