@@ -14,7 +14,7 @@ an argument.
 The largest counts. Up: at once. Down: to the most that was asked for during `down_s`, by thresholds that are lower by
 `MARGIN`, so that what remains does not ask for more again; and at most by half each time. Where a model has to grow
 soon after it shrank all the same, it waits twice as long the next time. To zero, where that is allowed: after `idle_s`
-without any request.
+with a replica and without any request.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ class ModelScaler:
         if demand is None:
             return Decision(present, Why.SILENCE)
         self._places = demand.places or self._places
-        if demand.any or demand.requests != self._requests:
+        starts = present > 0 and not demand.ready  # the first one: nobody could be answered yet
+        if demand.any or starts or demand.requests != self._requests:
             self._active, self._requests = now, demand.requests
         up, why, said = needed(demand, self.goal, self._places)
         self._remember(now, min(enough(demand, self.goal, self._places), present))

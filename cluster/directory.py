@@ -41,6 +41,9 @@ _decisions = msgspec.msgpack.Decoder(dict[str, Decision])
 _demands = msgspec.msgpack.Decoder(dict[str, ModelDemand])
 
 
+_GONE_S, _LOOK_S = 20.0, 5.0
+
+
 class DirectoryActor(RouterActor):
     """The actor's class. Everything crosses as msgpack."""
 
@@ -48,7 +51,7 @@ class DirectoryActor(RouterActor):
         super().__init__(heartbeat_timeout, limits)
         first = int(time.time()) if _restarted() else 1
         self._experts, self._placing = Rebalancers(time.monotonic), asyncio.Lock()
-        self._library = Library(time.monotonic)
+        self._library, self._look_again = Library(time.monotonic), 0.0
         self._roster = Roster(time.monotonic, timeout_s=max(5.0, 2.5 * heartbeat_timeout), first_epoch=first)
 
     async def claim(self, model: str, holder: str, processes: bytes) -> bytes:
@@ -96,6 +99,7 @@ class DirectoryActor(RouterActor):
 
     async def exchange(self, catalog: bytes) -> bytes:
         """See `Library.exchange`."""
+        self._forget_gone(time.monotonic())
         return _encode(self._library.exchange(_catalog.decode(catalog)))
 
     async def has_texts(self, model: str, fingerprint: str, generation: int) -> bool:
@@ -111,6 +115,17 @@ class DirectoryActor(RouterActor):
         """Takes what was decided; the demand."""
         self._library.decide(_decisions.decode(decisions))
         return _encode(self._router.demand())
+
+    def _forget_gone(self, now: float) -> None:
+        """Replicas that went without a word, and whose place nobody has taken: there may be fewer now."""
+        if now < self._look_again:
+            return
+        self._look_again = now + _LOOK_S
+        held = {m.claim for m in self._roster.members()}
+        for view in self._router.snapshot():
+            if view.silent_s > _GONE_S and Claim(view.replica, view.epoch) not in held:
+                self._router.unregister(view.replica, view.epoch)
+                self._library.left(view.replica)
 
     def _tell_router(self, place: Claim, stage: str, report: LeaderReport | None, node: str) -> None:
         router = self._router

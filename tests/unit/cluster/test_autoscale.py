@@ -195,11 +195,20 @@ def test_silence_keeps_the_number() -> None:
         now[0] += 1
         assert scalers.decide("m", goal, None, 3) == 3
     assert scalers.decisions["m"].why is Why.SILENCE
-    assert scalers.decide("m", goal, {}, 3) == 3
+    there = {"m": ModelDemand(ready=3)}
+    assert scalers.decide("m", goal, there, 3) == 3
     now[0] += 10
-    assert scalers.decide("m", goal, {}, 3) == 0
+    assert scalers.decide("m", goal, there, 3) == 0
     assert scalers.decide("m", Goal(2, 4), None, 0) == 2, "a new configuration's bounds hold in any case"
     assert scalers.decisions["m"].why is Why.BOUNDS
+
+
+def test_who_is_still_starting_is_not_idle() -> None:
+    scaler = ModelScaler(Goal(0, 4, idle_s=10.0))
+    for now in range(100):
+        assert scaler.decide(ModelDemand(), 1, float(now)).wanted == 1
+    assert scaler.decide(ModelDemand(ready=1), 1, 105.0).wanted == 1
+    assert scaler.decide(ModelDemand(ready=1), 1, 110.0).wanted == 0
 
 
 def test_a_request_between_two_looks_is_seen() -> None:
