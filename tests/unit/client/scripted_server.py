@@ -91,6 +91,8 @@ class Way:
     def reset(self) -> None:
         """A TCP RST, as a killed machine's kernel or a firewall sends it."""
         self._client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        # A recv() in the other thread holds the socket open: this ends it, and sends nothing.
+        self._client.shutdown(socket.SHUT_RD)
         self._client.close()
         raise Cut
 
