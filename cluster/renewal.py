@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 from cluster import app
@@ -66,25 +67,20 @@ class Renewal:
     def _follow(self, changed: Mapping[str, ReplicaPlan], directory: Directory) -> dict[str, str]:
         """Waits until Serve has done it. Models whose new replicas could not be started, and why."""
         failed: dict[str, str] = {}
+        said: dict[str, str] = {}  # by replicas that failed: their words do not stay long
         open_ = set(changed)
         while open_:
             self._signals.check()
             self._console.stage(f"renewing {', '.join(sorted(open_))}")
+            with suppress(ConnectionError):
+                said |= {m.model: m.error for m in directory.members_now() if m.stage == "failed" and m.error}
             for model, well in app.settled(open_).items():
                 open_.discard(model)
                 if not well:
-                    failed[model] = self._why(model, directory)
+                    failed[model] = said.get(model, "its replicas do not start")
             time.sleep(_POLL_S)
         self._console.done()
         return failed
-
-    @staticmethod
-    def _why(model: str, directory: Directory) -> str:
-        try:
-            errors = [m.error for m in directory.members_now() if m.model == model and m.stage == "failed"]
-        except ConnectionError:
-            errors = []
-        return errors[-1] if errors else "its replicas do not start"
 
     def _go_back(self, before: Plan, after: Plan, failed: Mapping[str, str], directory: Directory) -> Plan:
         """The new plan, but with the old one for models that failed. A model that was new is served no more."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from service_process import Service, make_tiny_llama, running, until
+from service_process import Service, running, until
 
 from understudy.v1 import admin_pb2
 
@@ -15,10 +15,9 @@ SCALING = ["--replicas", "0:2", "--idle-seconds", "3", "--scale-down-seconds", "
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    place = tmp_path_factory.mktemp("scaling")
-    model = make_tiny_llama(place)
-    with running(place, ["--model", f"text={model}", *FLAGS, *SCALING]) as made:
+def service(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Iterator[Service]:
+    flags = ["--model", f"text={demo_model}", *FLAGS, *SCALING]
+    with running(tmp_path_factory.mktemp("scaling"), flags) as made:
         made.wait_until_ready()
         yield made
         assert made.stop()[-1] == "understudy: stopped"
