@@ -62,13 +62,16 @@ async def settle(rounds: int = 20) -> None:
 
 
 class FakeReplica:
-    """A leader in this process: an engine's loop, and channels to it that can be cut or made silent."""
+    """A leader in this process: an engine's loop, and channels to it that can be cut or made silent. A step may take
+    `stall_floor_s` seconds: tests hold steps for as long as they like."""
 
-    def __init__(self, replica: str, engine: Engine, epoch: int = 1, beat_s: float = 0.1) -> None:
+    def __init__(
+        self, replica: str, engine: Engine, epoch: int = 1, beat_s: float = 0.1, stall_floor_s: float = 300.0
+    ) -> None:
         self.replica, self.epoch = replica, epoch
         self.address = f"memory:{replica}"
         self.engine = engine
-        self.loop = EngineLoop(engine, name=f"engine {replica}")
+        self.loop = EngineLoop(engine, name=f"engine {replica}", stall_floor_s=stall_floor_s)
         self.channels: list[MemoryChannel] = []
         self.beat_s = beat_s
         self.silent = False
