@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -103,12 +104,15 @@ def test_the_package_is_built_from_what_was_copied(tmp_path: Path) -> None:
     (line,) = [rest for _, word, rest in instructions() if word == "RUN" and "--no-deps" in rest]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    environment |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INDEX": "1"}
+    # pip would take the installed understudy away, although it installs elsewhere.
+    environment |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INDEX": "1", "PIP_IGNORE_INSTALLED": "1"}
+    installed = version("understudy")
     command = line.replace("/install", str(prefix)).replace("pip install", "pip install --quiet")
     done = subprocess.run(
         command, shell=True, cwd=source, env=environment, capture_output=True, text=True, check=False, timeout=200
     )
     assert done.returncode == 0, done.stderr
+    assert version("understudy") == installed, "what runs these tests is left alone"
     (packages,) = prefix.glob("lib/python3*/site-packages")
     assert (packages / "workers" / "kernels" / "src" / "attention.cpp").is_file()
     assert (packages / "understudy" / "v1" / "inference_pb2.py").is_file()
