@@ -221,7 +221,8 @@ def table(result: dict[str, Any], arguments: argparse.Namespace, machine: str) -
     lines += [
         "",
         f"{places} sequences at most are taken at a time: at {result['best']:,.0f} tokens/s their answers take "
-        f"{bound:.1f} s, which bounds what one of them can wait.",
+        f"{bound:.1f} s, which bounds what an urgent or normal one waits. A low one that was taken waits as long as "
+        "higher ones keep coming: it is behind all of them.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from service_process import Service, running, until
@@ -41,12 +42,11 @@ def test_to_none_and_back(service: Service) -> None:
     roles = {p.role for p in service.status().processes}
     assert roles == {"gateway", "router"}, "nothing is left of it"
     assert len(answer(service, 1, 20)) == 20, "who asks then waits for its start"
-    found = model(service)
-    assert (found.replicas_ready, found.replicas_wanted, found.scaling.reason) == (1, 1, "unserved")
-    (replica,) = service.status().replicas
-    assert replica.cold_start.process_s > 0
-    assert service.metric("understudy_model_replicas_wanted") == 1
-    assert service.metric("understudy_replica_cold_start_seconds") > 0
+    until(lambda: model(service).replicas_wanted == 1)
+    assert (model(service).replicas_ready, model(service).scaling.reason) == (1, "unserved")
+    until(lambda: service.status().replicas[0].cold_start.process_s > 0)
+    until(lambda: service.metric("understudy_model_replicas_wanted") == 1)
+    until(lambda: service.metric("understudy_replica_cold_start_seconds") > 0)
 
 
 def test_more_when_it_is_needed_and_fewer_later_without_losing_a_token(service: Service) -> None:
