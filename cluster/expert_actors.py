@@ -25,7 +25,7 @@ async def call_actor(method: Any, *args: object) -> Any:
     try:
         return await method.remote(*args)
     except ray.exceptions.RayActorError as error:
-        raise ConnectionError(" ".join(str(error).split())[:300]) from error
+        raise ConnectionError(str(error).strip().partition("\n")[0][:200]) from error  # Ray goes on for a page
 
 
 class RayHost:
