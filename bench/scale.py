@@ -4,7 +4,8 @@
 
 A Ray cluster of its own whose head has one CPU; every further node has one, and comes when something that needs a CPU
 finds none: Ray's autoscaler with its fake provider, whose nodes are processes of this machine. (Ray's
-`cluster_utils.AutoscalingCluster` is the same, but ends every other Ray of the machine when it starts.) The service
+`cluster_utils.AutoscalingCluster` is the same, but ends every other Ray of the machine when it starts.) While it runs,
+whoever reaches this machine's address reaches that Ray. The service
 joins it; each of its replicas needs one CPU. Its engine computes nothing and takes the time of `--rows` rows a second.
 
 Every client asks for one of a few answers again and again and compares it with what it was before the load came:
@@ -59,9 +60,16 @@ def free_port() -> int:
 @contextmanager
 def ray_with_nodes(most: int, idle_minutes: float) -> Iterator[str]:
     """A Ray head whose autoscaler adds up to `most` nodes of one CPU; its address."""
-    place = Path(tempfile.mkdtemp(prefix="scale-"))
-    mark, port = secrets.token_hex(16), free_port()
-    address = f"127.0.0.1:{port}"
+    place, mark, port = Path(tempfile.mkdtemp(prefix="scale-")), secrets.token_hex(16), free_port()
+    os.environ[undertaker.MARK] = mark
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.pop("RAY_AUTH_TOKEN", None)  # Ray then keeps one for this user, which all of its commands find
+    os.environ.setdefault("RAY_worker_niceness", "0")
+
+    import ray  # which reads the environment
+
+    ip = ray.util.get_node_ip_address()  # Ray takes no other for its own
+    address = f"{ip}:{port}"
     node = {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": most}
     config = {
         "cluster_name": "scale",
@@ -81,10 +89,6 @@ def ray_with_nodes(most: int, idle_minutes: float) -> Iterator[str]:
     }  # fmt: skip
     file = place / "autoscaler.json"
     file.write_text(json.dumps(config))
-    os.environ[undertaker.MARK] = mark
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    os.environ.setdefault("RAY_worker_niceness", "0")
     environment = os.environ | {
         "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD, "RAY_NODE_TYPE_NAME": HEAD_TYPE,
@@ -92,7 +96,7 @@ def ray_with_nodes(most: int, idle_minutes: float) -> Iterator[str]:
     ports = {"port": port, "ray-client-server-port": free_port(), "dashboard-agent-listen-port": 0}
     ports |= {"min-worker-port": 0, "max-worker-port": 0}
     command = [str(BIN / "ray"), "start", "--head", "--num-cpus=1", f"--autoscaling-config={file}"]
-    command += ["--node-ip-address=127.0.0.1", "--include-dashboard=false", "--object-store-memory=100000000"]
+    command += [f"--node-ip-address={ip}", "--include-dashboard=false", "--object-store-memory=100000000"]
     command += [f"--temp-dir={place}", *(f"--{k}={v}" for k, v in ports.items())]
     try:
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
