@@ -11,7 +11,7 @@ from service_process import Service, running, until
 
 from understudy.v1 import admin_pb2
 
-FLAGS = ["--engine", "fake", "--fake-rows", "200", "--max-running", "4", "--redis-url", "none"]
+FLAGS = ["--engine", "fake", "--fake-rows", "200", "--max-running", "4", "--redis-url", "none", "--gateways", "2"]
 SCALING = ["--replicas", "0:2", "--idle-seconds", "3", "--scale-down-seconds", "2", "--drain-seconds", "1"]
 
 
