@@ -63,4 +63,3 @@ def test_more_when_it_is_needed_and_fewer_later_without_losing_a_token(service: 
         until(lambda: model(service).replicas_wanted == 1)
         until(lambda: len(service.status().replicas) == 1)
         assert {tokens for f in few for tokens in f.result(120)} == {alone}
-    assert model(service).scaling.reason == "less"
