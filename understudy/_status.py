@@ -39,6 +39,7 @@ _OF_A_CUT: dict[grpc.StatusCode, tuple[str, ...]] = {
     grpc.StatusCode.INTERNAL: _CUT,
     grpc.StatusCode.UNKNOWN: _CUT,
     grpc.StatusCode.CANCELLED: (_RESET,),  # the others are said of a call that we cancelled ourselves, too
+    grpc.StatusCode.RESOURCE_EXHAUSTED: (_RESET,),  # "calm down": of a proxy, not of a service that is full
 }
 _LATE = ("deadline exceeded", "stream removed (deadline exceeded)")
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from router_stage import Stage, until
 
-from router import dispatch
+from router import stream
 from router.policy import choose_of_two
 from router.state import Query
 from understudy.v1 import inference_pb2 as pb
@@ -70,7 +70,7 @@ async def test_what_the_blocks_of_a_prompt_are_called(stage: Stage, monkeypatch:
 
 
 async def test_long_prompts_are_hashed_beside_the_streams(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_INLINE_TOKENS", 50)
+    monkeypatch.setattr(stream, "_INLINE_TOKENS", 50)
     await two(stage)
     queries = asked(stage, monkeypatch)
     await stage.generate(text=PROMPT, stopping=pb.Stopping(max_tokens=2))
