@@ -106,12 +106,16 @@ def test_a_killed_router_comes_back_and_knows_everybody(whole: Service) -> None:
 
 
 def test_a_killed_gateway_comes_back(whole: Service) -> None:
-    old = {p.pid for p in whole.status().processes if p.role == "gateway"}
+    def gateways() -> set[int]:
+        return {p.pid for p in whole.status().processes if p.role == "gateway"}
+
+    until(lambda: len(gateways()) == 2)  # a router that has just begun anew hears of them within a beat
+    old = gateways()
     os.kill(min(old), signal.SIGKILL)
 
     def back() -> bool:
         try:
-            now = {p.pid for p in whole.status().processes if p.role == "gateway"}
+            now = gateways()
         except Exception:
             return False
         return len(now - old) == 1 and len(now) == 2
