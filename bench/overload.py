@@ -245,7 +245,8 @@ def main() -> None:
     print(text)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "overload.md").write_text(text)
-    record = {"machine": machine, "arguments": {k: str(v) for k, v in vars(arguments).items()}, "results": result}
+    record = {"machine": machine, "arguments": {k: str(v) for k, v in vars(arguments).items() if k != "out"}}
+    record["results"] = result
     (arguments.out / "overload.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

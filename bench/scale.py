@@ -401,7 +401,8 @@ def main() -> None:
         print(error, file=sys.stderr)
     (arguments.out / "scale.md").write_text(text)
     (arguments.out / "scale.svg").write_text(picture(log, arguments))
-    record = {"machine": machine, "arguments": {k: str(v) for k, v in vars(arguments).items()}, "results": result}
+    record = {"machine": machine, "arguments": {k: str(v) for k, v in vars(arguments).items() if k != "out"}}
+    record["results"] = result
     record |= {"samples": [list(asdict(s).values()) for s in log.samples], "errors": log.errors[:20]}
     record["cold_starts"] = log.cold_starts
     (arguments.out / "scale.json").write_text(json.dumps(record) + "\n")

@@ -89,8 +89,11 @@ def _serve(
                 app.take_down(plan)
             raise
         console.stage("draining")
-        with suppress(Stopped):  # a second signal: no more patience
+        try:
             app.take_down(plan)
+        except Stopped:  # a second signal: no more patience
+            if plan.gateway.config.ray_address is not None:  # a Ray of our own ends with us
+                console.say("warning: what was not yet drained goes on in the cluster; `serve shutdown` there ends it")
 
 
 def start_redis(redis: RedisServer) -> None:
