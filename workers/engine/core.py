@@ -368,7 +368,7 @@ class EngineCore:
                 mine = choices[at : at + 1 + chunk.drafts]
                 at += len(mine)
                 made.append(self._take(s, chunk, mine))
-        made.sort(key=lambda m: m.sequence.rank[1])
+        made.sort(key=lambda m: m.sequence.arrival)
         return made
 
     def _append(self, s: Sequence, choice: Choice) -> _Made:
@@ -468,5 +468,5 @@ class EngineCore:
         """The step's rows were not computed: its sequences end, the others never notice."""
         log.error("a step failed: %s", error, exc_info=error)
         reason = f"{type(error).__name__}: {error}"
-        failed = sorted(self._scheduler.planned, key=lambda s: s.rank[1])
+        failed = sorted(self._scheduler.planned, key=lambda s: s.arrival)
         return [self._end(sequence, FinishReason.ERROR, reason) for sequence in failed]

@@ -7,7 +7,8 @@ The rules, in order:
 2. What is left of `chunk_tokens`, but at most half of it while anybody decodes (a step is what a decoder waits for),
    goes to prompts under way, by rank (larger priority, then first come).
 3. What is left then admits waiting sequences, by rank, while `max_running` and the blocks allow. The first that does
-   not fit stops admission, so that a large one is not overtaken for ever by small ones.
+   not fit stops admission, so that a large one is not overtaken for ever by small ones. One in eight is whoever has
+   waited longest, of any rank (`workers.engine.turns`).
    Members of a family (`workers.engine.family`) whose prompt is being computed are passed over until it is, and so are
    those whose next block is being loaded for another (`workers.engine.loads`).
 4. When blocks run out, the running sequence of the worst rank gives all of its blocks back and waits; it is computed
@@ -27,6 +28,7 @@ from workers.engine.family import Families
 from workers.engine.loads import PATIENCE, Loads
 from workers.engine.plan import Chunk, StepPlan
 from workers.engine.sequence import Sequence
+from workers.engine.turns import Turns
 
 PROMPT_LOGIT_ROWS = 64  # rows per step of a prompt whose logprobs are wanted: they need a row of logits each
 # Rows of decoding and drafts, above which a step of drafts is no longer nearly as short as one without.
@@ -66,6 +68,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # by rank
         self.running: list[Sequence] = []  # by rank
         self.families = Families(cache)
+        self._turns = Turns()
         self.counts = EngineStats()  # those that run since the start
         self.loads: Loads | None = None
         if store is not None:
@@ -240,28 +243,29 @@ class Scheduler:
         """Lets the first waiting sequence run if there is room; not in a step that had to preempt."""
         if not self.waiting or self._preempted or len(self.running) >= self.max_running:
             return None
-        for place, sequence in enumerate(self.waiting):
+        for sequence in self._turns.order(self.waiting):
             if self._passed_over(sequence):
                 continue
             hit, looked = 0, not sequence.request.bypass_prefix_cache and not sequence.asks_prompt
             if looked:
                 hit = self.cache.match(sequence.table, sequence.root, sequence.tokens)
             if self.loads is None or not looked or not self.loads.covers(sequence, hit // self.cache.block_tokens):
-                return self._admit_at(place, sequence, hit, looked)
+                return self._admit_one(sequence, hit, looked)
             self.cache.free(sequence.table)
         return None
 
-    def _admit_at(self, place: int, sequence: Sequence, hit: int, looked: bool) -> Sequence | None:
-        """Lets the sequence at a place of `waiting` run if there is room; `hit` positions are in its table. `looked`:
-        those that are wanting may be elsewhere."""
+    def _admit_one(self, sequence: Sequence, hit: int, looked: bool) -> Sequence | None:
+        """Lets a waiting sequence run if there is room; `hit` positions are in its table. `looked`: those that are
+        wanting may be elsewhere."""
         family = sequence.family
         if family is not None:
             hit = self.families.share(sequence, family, hit)
         if self.running and not self._room_for(sequence):
             self.cache.free(sequence.table)
             return None
-        del self.waiting[place]
+        self.waiting.remove(sequence)
         self._waiting_tokens[_class(sequence)] -= len(sequence.tokens)
+        self._turns.admitted(sequence, self.waiting)
         insort(self.running, sequence, key=_rank)
         sequence.running, sequence.computed = True, hit
         if sequence.cached is None:

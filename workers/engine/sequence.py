@@ -27,7 +27,7 @@ class Sequence:
         |---- in the cache ----|--- to compute ---------------------|
 
     A sequence decodes when one token is left to compute. `rank` orders sequences: larger priority first, then whoever
-    came first; smaller is better.
+    came first; smaller is better. Whoever has waited longest may be put before all (`workers.engine.turns`).
     """
 
     request: Request
@@ -53,6 +53,11 @@ class Sequence:
     @property
     def id(self) -> str:
         return self.request.id
+
+    @property
+    def arrival(self) -> int:
+        """Number of the request, in the order in which they came."""
+        return self.rank[1]
 
     @property
     def prompt_tokens(self) -> int:
