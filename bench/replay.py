@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
+from router.port import Query
 from router.simulate import MODEL, STRATEGIES, Machine, simulate
-from router.state import Query, Router
+from router.state import Router
 from router.traces import Arrival, Trace, hits_without_bounds, mix
 from workers.cache.events import Changes
 from workers.engine import EngineInfo, EngineStats

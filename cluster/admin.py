@@ -11,7 +11,7 @@ from cluster.catalog import Catalog, Known
 from cluster.directory import Directory
 from cluster.roster import Claim, Member
 from router.admin import experts_message, replica_message, router_message
-from router.state import ReplicaView, State
+from router.port import ReplicaView, State
 from understudy import __version__
 from understudy.errors import ModelNotFound
 from understudy.v1 import admin_pb2 as pb

@@ -23,9 +23,9 @@ from router.channels import Timing
 from router.dispatch import Patience
 from router.gateway import Gateway
 from router.models import ServedModel
+from router.port import ReplicaView
 from router.rebalance import ExpertsView
 from router.server import GatewayConfig, address
-from router.state import ReplicaView
 from router.validate import validate
 from understudy.errors import ConfigError, DeadlineExceeded, Overloaded, Unavailable, UnderstudyError
 from understudy.v1 import inference_pb2 as pb

@@ -10,8 +10,8 @@ from prometheus_client.registry import Collector
 
 from cluster.admin import wanted_of
 from cluster.catalog import Known
+from router.port import ReplicaView, RouterFigures, State
 from router.rebalance import ExpertsView
-from router.state import ReplicaView, RouterFigures, State
 
 _Value = Callable[[ReplicaView], float]
 _GAUGES: tuple[tuple[str, str, _Value], ...] = (

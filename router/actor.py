@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 import msgspec
 
 from router.admission import Limits
-from router.state import Assignment, Query, ReplicaView, Router, RouterFigures
+from router.port import Assignment, Query, ReplicaView, RouterFigures
+from router.state import Router
 from understudy.errors import FROM_KIND, InternalError, Overloaded, UnderstudyError
 from workers.cache.events import Changes
 from workers.engine import EngineInfo, EngineStats

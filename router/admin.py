@@ -9,9 +9,9 @@ from grpc_reflection.v1alpha import reflection
 
 from router.interceptors import CallInterceptor, Tokens
 from router.metrics import Metrics
+from router.port import ReplicaView, RouterFigures, State
 from router.rebalance import ExpertsView
 from router.server import GatewayConfig, bind, probe_port, server_options
-from router.state import ReplicaView, RouterFigures, State
 from understudy.errors import ConfigError, InvalidRequest, Unavailable
 from understudy.v1 import admin_pb2 as pb
 from understudy.v1 import admin_pb2_grpc

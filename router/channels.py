@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 from router.clock import Clock, sleep
-from router.state import Assignment
+from router.port import Assignment
 from router.wire import Beat, Cancel, Down, Hello, Ping, ReplicaChannel, Up
 from workers.engine import EngineStats, FinishReason, Request, SequenceOutput, StepOutput
 

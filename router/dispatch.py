@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from router.channels import ChannelPool
 from router.clock import Clock
-from router.state import Query, RouterPort
+from router.port import Query, RouterPort
 from router.stream import Stream
 from router.tracing import StreamTrace
 from router.validate import ValidRequest

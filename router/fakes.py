@@ -7,7 +7,8 @@ import heapq
 import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from router.state import Assignment, Query, ReplicaView, Router
+from router.port import Assignment, Query, ReplicaView
+from router.state import Router
 from router.wire import Beat, Cancel, Down, Hello, Ping, Up
 from understudy.errors import InvalidRequest, Unavailable
 from workers.engine import Engine, FinishReason, SequenceOutput, StepOutput

@@ -30,8 +30,8 @@ from router.interceptors import CallInterceptor, Tokens, current_call
 from router.local import FallbackRouter, LocalRouter
 from router.metrics import Metrics
 from router.models import ServedModel
+from router.port import Assignment, ReplicaView, RouterPort, State
 from router.server import GatewayConfig, bind, server_options
-from router.state import Assignment, ReplicaView, RouterPort, State
 from router.stops import StopStrings
 from router.stream import Batch, Stream, Superseded
 from router.tracing import Tracer, stream_trace
@@ -260,7 +260,7 @@ class Gateway:
         self._config = config
         clock = clock if clock is not None else LoopClock()
         self.pool = ChannelPool(connect, self.name, clock, timing)
-        self._router = FallbackRouter(router, LocalRouter(self.pool, secrets.SystemRandom()), clock)
+        self._router = FallbackRouter(router, LocalRouter(self.pool, secrets.SystemRandom(), clock), clock)
         self.dispatcher = Dispatcher(self._router, self.pool, clock, patience, self.models.superseded)
         self.health = Health(SERVICE, self.metrics.serving)
         self.told: dict[str, dict[str, str]] = {}  # by model and replica: the last words of those that are gone

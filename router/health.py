@@ -18,7 +18,7 @@ from grpc_health.v1 import health, health_pb2
 from prometheus_client import Gauge
 
 from router.channels import Link
-from router.state import ReplicaView, State
+from router.port import ReplicaView, State
 
 log = logging.getLogger(__name__)
 

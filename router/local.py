@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 from collections.abc import Collection, Sequence
@@ -11,20 +12,31 @@ import msgspec
 from router.channels import ChannelPool, Link
 from router.clock import Clock
 from router.policy import choose_of_two
-from router.state import Assignment, Query, ReplicaView, RouterPort, State
+from router.port import Assignment, Query, ReplicaView, RouterPort, State
+from router.suspects import Probation
 from understudy.errors import ModelNotFound, Unavailable
 
 log = logging.getLogger(__name__)
-LOCAL_LEASE = 0  # the router numbers from 1
 ALONE = "alone"  # why a replica was chosen
 
 
-class LocalRouter:
-    """Chooses the less loaded of two among the replicas that this gateway has a live wire to, by their last beats."""
+def is_local(lease: int) -> bool:
+    """Whether a gateway granted it to itself."""
+    return lease < 0
 
-    def __init__(self, pool: ChannelPool, rng: random.Random) -> None:
+
+class LocalRouter:
+    """Chooses the less loaded of two among the replicas that this gateway has a live wire to, by their last beats.
+
+    Its own suspects are kept apart (`router.suspects`); of those of other gateways it knows nothing.
+    """
+
+    def __init__(self, pool: ChannelPool, rng: random.Random, clock: Clock) -> None:
         self._pool = pool
         self._rng = rng
+        self._clock = clock
+        self._numbers = itertools.count(-1, -1)  # the router's are positive
+        self._probation: Probation[tuple[str, int]] = Probation()
         self.addresses: dict[str, str] = {}
 
     async def assign(self, query: Query, among: Collection[tuple[str, int]] | None = None) -> Assignment:
@@ -36,12 +48,29 @@ class LocalRouter:
         }
         if not links:
             raise Unavailable(f"no replica of {query.model!r} can be reached; try again shortly")
+        if query.together:
+            links = self._apart(links, query.together)
         names = list(links)
         # Our own streams may be newer than the last beat.
         stats = [msgspec.structs.replace(k.stats, running=max(k.stats.running, k.attempts)) for k in links.values()]
         infos = [k.info for k in links.values()]
         chosen = names[choose_of_two(stats, infos, query.prompt_tokens, self._rng)]
-        return Assignment(chosen, self.addresses.get(chosen, ""), links[chosen].epoch, LOCAL_LEASE, ALONE)
+        epoch, number = links[chosen].epoch, next(self._numbers)
+        if query.together:
+            self._probation.enter(number, (chosen, epoch), query.together, self._clock.now())
+        return Assignment(chosen, self.addresses.get(chosen, ""), epoch, number, ALONE)
+
+    def _apart(self, links: dict[str, Link], together: int) -> dict[str, Link]:
+        """Those that would take one more suspect. Raises Unavailable where there is none."""
+        self._probation.expire(self._clock.now())
+        alive = {(link.replica, link.epoch) for link in self._pool.alive()}
+        for life in self._probation.places:
+            if life not in alive:
+                self._probation.forget(life)
+        apart = {name: link for name, link in links.items() if self._probation.takes((name, link.epoch), together)}
+        if not apart:
+            raise Unavailable("others under which a replica was lost are being tried first; try again shortly")
+        return apart
 
     @staticmethod
     def _fits(link: Link, query: Query) -> bool:
@@ -54,10 +83,12 @@ class LocalRouter:
         )
 
     async def release(self, leases: Sequence[int]) -> None:
-        """Grants nothing that would have to come back."""
+        for number in leases:
+            self._probation.leave(number)
 
     async def clear(self, leases: Sequence[int]) -> None:
-        """Lets suspects go wherever there is room: it is asked for moments only."""
+        for number in leases:
+            self._probation.leave(number)
 
     async def replicas(self) -> list[ReplicaView]:
         return [
@@ -118,18 +149,20 @@ class FallbackRouter:
             raise error from None
 
     async def clear(self, leases: Sequence[int]) -> None:
-        own = [n for n in leases if n != LOCAL_LEASE]
-        if own and self.reachable:
+        await self._local.clear([n for n in leases if is_local(n)])
+        theirs = [n for n in leases if not is_local(n)]
+        if theirs and self.reachable:
             try:
-                await self._router.clear(own)
+                await self._router.clear(theirs)
             except ConnectionError as error:
                 self._down(error)
 
     async def release(self, leases: Sequence[int]) -> None:
-        own = [n for n in leases if n != LOCAL_LEASE]
-        if own and self.reachable:
+        await self._local.release([n for n in leases if is_local(n)])
+        theirs = [n for n in leases if not is_local(n)]
+        if theirs and self.reachable:
             try:
-                await self._router.release(own)
+                await self._router.release(theirs)
             except ConnectionError as error:
                 self._down(error)
 

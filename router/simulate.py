@@ -25,7 +25,8 @@ import numpy as np
 
 from router.admission import Limits
 from router.policy import Floats
-from router.state import Query, Router
+from router.port import Query
+from router.state import Router
 from router.traces import Arrival
 from workers.cache.events import Changes
 from workers.engine import EngineInfo, EngineStats

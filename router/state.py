@@ -6,7 +6,6 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Protocol
 
 import msgspec
@@ -14,9 +13,10 @@ import numpy as np
 
 from router.admission import Limits, admit
 from router.demand import DemandMeter, ModelDemand
-from router.index import IndexStats, PrefixIndex
+from router.index import PrefixIndex
 from router.ledger import Lease, Ledger
 from router.policy import PREFILL_RATE, Class, Fleet, Mask, Reason, Reuse, choose, outlook, reason
+from router.port import Assignment, Query, ReplicaView, RouterFigures, State
 from router.rates import Rates
 from router.suspects import Probation
 from understudy.errors import ModelNotFound, Overloaded, Unavailable
@@ -25,90 +25,6 @@ from workers.engine import EngineInfo, EngineStats
 
 LEASE_S = 60.0  # a grant whose replica reports nothing is forgotten after this
 MAX_STREAMS = 1 << 18  # streams whose end is waited for; beyond, the oldest are not
-
-
-class Query(msgspec.Struct, frozen=True):
-    """What an assignment depends on.
-
-    `exclude` are lives (replica, epoch) that just failed this request. Where `fingerprint` and `numerics_id` are set,
-    only replicas with both will do (a stream that goes on). `keys` name the prompt's full blocks, first one first:
-    `workers.cache.events.hints`. `sequences` go there together, and share the prompt. `together`: how many suspects may
-    be at one replica, this request included; 0: it is none (`router.suspects`). `request` names who asks, so that one
-    that asks again and again while there is no replica counts once.
-    """
-
-    model: str
-    prompt_tokens: int
-    exclude: tuple[tuple[str, int], ...] = ()
-    fingerprint: str = ""
-    numerics_id: str = ""
-    keys: bytes = b""
-    sequences: int = 1
-    priority: int = 0
-    together: int = 0
-    request: str = ""
-
-
-class Assignment(msgspec.Struct, frozen=True):
-    """Which replica takes the request. Its messages count only while its epoch is `epoch`. `reason` is a word of
-    `policy.Reason`, or says that the gateway decided alone."""
-
-    replica: str
-    address: str
-    epoch: int
-    lease: int
-    reason: str = ""
-
-
-class State(StrEnum):
-    """Life of a replica, in the words of the Admin API."""
-
-    READY = "READY"
-    STALLED = "STALLED"
-    DRAINING = "DRAINING"
-    LOST = "LOST"
-
-
-class ReplicaView(msgspec.Struct, frozen=True):
-    """A replica as the router sees it. `cause` says why it is not READY, where somebody knows."""
-
-    replica: str
-    address: str
-    epoch: int
-    state: State
-    info: EngineInfo
-    stats: EngineStats
-    silent_s: float
-    node: str = ""
-    cause: str = ""
-
-
-class RouterFigures(msgspec.Struct, frozen=True):
-    """What a router has done since it began. `decisions` by `policy.Reason`; `refused` requests found no room;
-    `reused_tokens` of prompts were taken to be on the chosen replica's device, in its host's memory, in the store;
-    `suspects` are under way now (`router.suspects`)."""
-
-    decisions: dict[str, int]
-    refused: int
-    reused_tokens: dict[str, int]
-    leases: int
-    index: IndexStats
-    suspects: int = 0
-
-
-class RouterPort(Protocol):
-    """What a gateway asks a router. Errors are those of `Router`; ConnectionError when it cannot be reached."""
-
-    async def assign(self, query: Query) -> Assignment: ...
-
-    async def release(self, leases: Sequence[int]) -> None:
-        """The streams of these assignments have ended. Unknown ones are ignored."""
-
-    async def clear(self, leases: Sequence[int]) -> None:
-        """These were suspects and have got on. Unknown ones are ignored."""
-
-    async def replicas(self) -> list[ReplicaView]:
-        """Everything that is registered, lost ones included."""
 
 
 class TimeSource(Protocol):
@@ -161,7 +77,7 @@ class Router:
         self._leases: dict[int, Lease] = {}
         self._streams: dict[int, tuple[int, float]] = {}  # lease -> slot and moment of granting, until released
         self._numbers = itertools.count(1)
-        self._probation = Probation()
+        self._probation: Probation[int] = Probation()
         self._same: dict[tuple[str, str, str], Mask] = {}
         self._usual: dict[str, Rates] = {}  # of a model, for replicas that have measured nothing yet
         self._decisions: Counter[str] = Counter(dict.fromkeys(Reason, 0))
@@ -302,6 +218,18 @@ class Router:
             )
             for name, e in self._replicas.items()
         ]
+
+    def alone(self, replica: str, epoch: int) -> bool:
+        """Whether no other replica could go on with the streams of this one: none with its weights and arithmetic is
+        ready. False where it is not known itself."""
+        entry = self._replicas.get(replica)
+        if entry is None or entry.epoch != epoch:
+            return False
+        info = entry.info
+        same = self._mask(info.model, info.model_fingerprint, info.numerics_id)
+        return not any(
+            same[e.slot] and self._state(e) is State.READY for name, e in self._replicas.items() if name != replica
+        )
 
     def figures(self) -> RouterFigures:
         """What it has done so far."""

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from router.channels import Attempt, Link
 from router.clock import sleep
-from router.local import LOCAL_LEASE
-from router.state import Assignment, Query
+from router.local import is_local
+from router.port import Assignment, Query
 from router.suspects import CLEARING_TOKENS, Suspicion
 from router.tracing import StreamTrace
 from router.validate import ValidRequest
@@ -323,8 +323,8 @@ class Stream:
             self._trace.lost(attempt.id, place.to.replica, attempt.lost or "")
         life = (place.to.replica, place.to.epoch)
         first = life not in self._excluded  # once for all the sequences that it held
-        if first and attempt.crowd:  # where no router has kept others away, nobody was alone for sure
-            self._suspicion.fell(attempt.crowd + (place.to.lease == LOCAL_LEASE))
+        if first and attempt.crowd:
+            self._suspicion.fell(attempt.crowd, apart=not is_local(place.to.lease))
         self._leave(sequence)
         if self._suspicion.guilty:
             log.error("request %s is refused: %s", request_id, attempt.lost)

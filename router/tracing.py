@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from router.state import Assignment
+from router.port import Assignment
 from understudy.errors import UnderstudyError
 from workers.engine import FinishReason, Request, SequenceOutput
 

@@ -22,8 +22,9 @@ from cluster.wire import GrpcReplicaChannel, LeaderServer
 from router.channels import Link, Timing
 from router.gateway import Gateway
 from router.models import TEXT_FILES, ServedModel
+from router.port import Assignment, Query, ReplicaView
 from router.server import GatewayConfig
-from router.state import Assignment, Query, ReplicaView, Router
+from router.state import Router
 from understudy.client import Client
 from workers.actors import Leader, build_real_engine
 from workers.engine import EngineConfig

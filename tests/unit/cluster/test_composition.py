@@ -36,8 +36,8 @@ from cluster.serve import (
     with_free_ports,
 )
 from router.index import IndexStats
+from router.port import ReplicaView, RouterFigures, State
 from router.rebalance import ExpertsView, HostState
-from router.state import ReplicaView, RouterFigures, State
 from understudy.errors import CheckpointError, ConfigError, InternalError
 from understudy.v1 import admin_pb2 as pb
 from workers.engine import EngineStats

@@ -11,7 +11,7 @@ from router_stage import VOCAB, left
 from router.channels import Attempt, ChannelPool, Link, Timing
 from router.clock import sleep
 from router.fakes import ManualClock, settle
-from router.state import Assignment
+from router.port import Assignment
 from router.wire import Beat, Cancel, Down, Hello, Ping, Up
 from workers.engine import EngineStats, FinishReason, Request, SequenceOutput, StepOutput
 from workers.engine.fake import FakeEngine

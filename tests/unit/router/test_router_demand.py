@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from router.admission import Limits
 from router.demand import LATELY_S, UNSERVED_S, DemandMeter, ModelDemand
 from router.policy import Fleet
-from router.state import Query, Router
+from router.port import Query
+from router.state import Router
 from understudy.errors import ModelNotFound, Overloaded, Unavailable
 from workers.engine import EngineStats
 from workers.engine.fake import FakeEngine

@@ -13,7 +13,8 @@ from router.admission import Limits
 from router.channels import Timing
 from router.clock import LoopClock
 from router.dispatch import Patience
-from router.state import Router, State
+from router.port import State
+from router.state import Router
 from understudy.v1 import inference_pb2 as pb
 
 LENGTH = 40

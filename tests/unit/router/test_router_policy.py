@@ -15,7 +15,8 @@ from router.admin import replica_message
 from router.admission import Limits
 from router.fakes import ManualClock
 from router.policy import PREFILL_RATE
-from router.state import LEASE_S, Query, ReplicaView, Router, State
+from router.port import Query, ReplicaView, State
+from router.state import LEASE_S, Router
 from understudy.errors import ModelNotFound, Overloaded, Unavailable
 from understudy.v1 import admin_pb2
 from workers.cache.events import Changes, Tier, hints

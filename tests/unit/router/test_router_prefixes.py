@@ -10,7 +10,7 @@ from router_stage import Stage, until
 
 from router import stream
 from router.policy import choose_of_two
-from router.state import Query
+from router.port import Query
 from understudy.v1 import inference_pb2 as pb
 from workers.cache.events import HINT_BYTES, hints
 from workers.cache.keys import block_keys, prompt_root, root_key

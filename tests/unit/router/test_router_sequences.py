@@ -15,7 +15,8 @@ from router.answer import Answer
 from router.clock import LoopClock
 from router.dispatch import Patience
 from router.models import SamplingDefaults, ServedModel
-from router.state import Query, Router
+from router.port import Query
+from router.state import Router
 from router.stream import Batch
 from router.text import ModelText
 from router.validate import validate

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from router_stage import Stage, until
 
-from router.state import Query, Router
+from router.local import LocalRouter
+from router.port import Assignment, Query
+from router.state import Router
 from router.suspects import PROBATION_S, Probation, Suspicion
 from understudy.errors import Unavailable
 from understudy.v1 import inference_pb2 as pb
-from workers.engine import EngineInfo, Request
+from workers.engine import EngineInfo, EngineStats, Request
 
 
 def test_groups_shrink_until_one_is_alone_and_is_refused_the_second_time() -> None:
@@ -44,7 +47,8 @@ def test_who_gets_on_is_no_suspect_any_more() -> None:
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), max_size=60), st.randoms(use_true_random=False))
 @settings(max_examples=100, deadline=None)
 def test_no_replica_has_more_suspects_than_any_of_them_allows(asks: list[tuple[int, int]], dice: random.Random) -> None:
-    probation, there = Probation(), defaultdict(dict)
+    probation: Probation[int] = Probation()
+    there: dict[int, dict[int, int]] = defaultdict(dict)
     for lease, (slot, together) in enumerate(asks, 1):
         if probation.room(4, together)[slot]:
             probation.enter(lease, slot, together, 0.0)
@@ -140,3 +144,71 @@ async def test_the_killer_alone_is_refused_and_its_mates_never_notice(stage: Sta
     assert [a.ids for a in answers] == [a.ids for a in again]
     assert 2 <= mortal.deaths <= 8
     await until(lambda: stage.router.router.figures().suspects == 0)
+
+
+def test_a_gateway_alone_keeps_its_own_suspects_apart() -> None:
+    """Each has one replica for itself, as far as they reach; nobody counts as alone."""
+    clock = Clock()
+    pool = Wires("m-0", "m-1")
+    local = LocalRouter(pool, random.Random(0), clock)  # type: ignore[arg-type]
+
+    def ask(together: int) -> Assignment:
+        return asyncio.run(local.assign(Query("m", 4, together=together)))
+
+    first, second = ask(1), ask(1)
+    assert {first.replica, second.replica} == {"m-0", "m-1"}
+    assert first.lease != second.lease
+    assert max(first.lease, second.lease) < 0
+    with pytest.raises(Unavailable, match="are being tried first"):
+        ask(2)
+    assert ask(0).replica, "who is no suspect does not wait"
+    asyncio.run(local.clear([first.lease]))
+    third = ask(2)
+    assert third.replica == first.replica
+    pool.links[0].epoch = pool.links[1].epoch = 2
+    assert {ask(1).replica, ask(1).replica} == {"m-0", "m-1"}, "those lives are over"
+    clock.time = PROBATION_S + 1
+    assert ask(1).replica
+
+
+def test_nobody_counts_as_alone_where_others_were_not_kept_away() -> None:
+    one = Suspicion()
+    for _ in range(5):
+        one.fell(1, apart=False)
+    assert (one.together, one.guilty) == (1, False)
+
+
+class Wires:
+    """Stands for a pool with these replicas' wires."""
+
+    def __init__(self, *names: str) -> None:
+        info = EngineInfo("m", "f", "n", "a", "float32", 4096, 300, 16, 100, 0, 8, 512)
+        self.links = [
+            SimpleNamespace(replica=n, epoch=1, info=info, stats=EngineStats(), attempts=0, silent_s=0.0) for n in names
+        ]
+
+    def alive(self) -> list[SimpleNamespace]:
+        return self.links
+
+
+@pytest.mark.parametrize("deaths", [1, 2, 3])
+async def test_nobody_is_refused_for_what_happened_without_a_router(stage: Stage, deaths: int) -> None:
+    """A killer goes about while the router is away, and is found out when that is back."""
+    mortal = Mortal(stage, 3, 10)
+    await stage.open()
+    good = [request_of(f"good {i}") for i in range(8)]
+    expected = await asyncio.gather(*(stage.generate(r) for r in good))
+    await until(lambda: len(stage.gateway.pool.alive()) == 3)
+    stage.router.reachable = False
+
+    async def come_back() -> None:
+        await until(lambda: mortal.deaths >= deaths)
+        stage.router.reachable = True
+
+    killing = stage.refused(
+        text="poison", request_id="the-killer", stopping=good[0].stopping, sampling=good[0].sampling
+    )
+    refusal, _, *answers = await asyncio.gather(killing, come_back(), *(stage.generate(r) for r in good))
+    assert refusal[2].reason == "INTERNAL"
+    assert [a.ids for a in answers] == [a.ids for a in expected]
+    assert mortal.deaths >= deaths + 2, "what it was alone for while nobody kept others away does not count"

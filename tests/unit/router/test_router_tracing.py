@@ -162,7 +162,7 @@ async def test_a_gateway_that_decides_alone_says_so(stage: Stage, told: Told) ->
     await until(lambda: told["understudy.v1.Inference/Generate"])
     (route,) = told["route"]
     assert route.attributes["understudy.route.reason"] == "alone"
-    assert route.attributes["understudy.route.lease"] == 0
+    assert route.attributes["understudy.route.lease"] < 0
     stage.router.reachable = True
 
 
