@@ -78,6 +78,10 @@ class DirectoryActor(RouterActor):
             self._router.unregister(place.replica, place.epoch)
             self._library.left(place.replica)
 
+    async def alone(self, replica: str, epoch: int) -> bool:
+        """See `Router.alone`."""
+        return self._router.alone(replica, epoch)
+
     async def members(self) -> bytes:
         return _encode(self._roster.members())
 
@@ -154,6 +158,10 @@ class Directory(RayRouter):
     async def leave(self, holder: str, claim: Claim | None) -> None:
         """See `Roster.leave`."""
         await self._ask(self.handle.leave.remote(holder, _encode(claim) if claim is not None else b""))
+
+    async def alone(self, replica: str, epoch: int) -> bool:
+        """See `Router.alone`."""
+        return bool(await self._ask(self.handle.alone.remote(replica, epoch)))
 
     async def members(self) -> list[Member]:
         """See `Roster.members`."""

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 _LEND_S = 2.0
 _UPGRADE_TRIES = 3
+_LAST_S = 3600.0  # for streams that nobody else can go on with
 
 
 def build_fake_engine(config: EngineConfig, progress: Progress, rows: float | None = None) -> Engine:
@@ -223,8 +224,8 @@ class Replica:
             return
         running.cancel()
         self._lending.cancel()
-        ended = await self._supervisor.leave(self._plan.drain_s)
-        log.info("drained%s", "" if ended else f"; streams were left after {self._plan.drain_s:g} s")
+        ended = await self._supervisor.leave(self._plan.drain_s, max(self._plan.drain_s, _LAST_S))
+        log.info("drained%s", "" if ended else "; streams were left, and go on elsewhere")
 
 
 def deployment(plan: ReplicaPlan, present: int | None = None) -> Any:
@@ -240,7 +241,7 @@ def deployment(plan: ReplicaPlan, present: int | None = None) -> Any:
         ray_actor_options={"num_cpus": SUPERVISOR_CPUS, "resources": REPLICA_PLACE if plan.by_role else {}},
         health_check_period_s=0.5,
         health_check_timeout_s=30.0,
-        graceful_shutdown_timeout_s=plan.drain_s + 15.0,
+        graceful_shutdown_timeout_s=max(plan.drain_s, _LAST_S) + 15.0,
         graceful_shutdown_wait_loop_s=0.05,
         logging_config=serve_logging(plan.logs),
         max_surge_percent=plan.surge_percent,

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 # What another try cannot mend: the replica says so and stays, instead of being started for ever.
 PERMANENT = (CheckpointError.kind, ConfigError.kind)
 
+_LOOK_S = 1.0  # between two looks whether somebody else can go on with the last streams
+
 
 class LeaderPort(Protocol):
     """A leader in a process of its own. Any call raises ConnectionError when that process is gone."""
@@ -71,6 +73,9 @@ class RouterLink(Protocol):
     async def leave(self, holder: str, claim: Claim | None) -> None: ...
 
     async def stall(self, replica: str, epoch: int, trouble: str) -> None: ...
+
+    async def alone(self, replica: str, epoch: int) -> bool:
+        """Whether no other replica could go on with its streams."""
 
 
 class Supervisor:
@@ -184,11 +189,12 @@ class Supervisor:
             await self._router.leave(self._holder, self.claim)
             await self._router.announce(said, None, self._node)
 
-    async def leave(self, drain_s: float) -> bool:
-        """Takes nothing new, lets streams end for up to `drain_s` seconds, stops the leader. True when all ended."""
+    async def leave(self, drain_s: float, last_s: float = 0.0) -> bool:
+        """Takes nothing new, lets streams end for up to `drain_s` seconds, or up to `last_s` while nobody else could go
+        on with them; stops the leader. True when all ended."""
         leader, self._leader = self._leader, None
         try:
-            return leader is None or bool(self._lost) or await self._drain(leader, drain_s)
+            return leader is None or bool(self._lost) or await self._drain(leader, drain_s, last_s)
         finally:
             if leader is not None:
                 leader.kill()
@@ -201,18 +207,41 @@ class Supervisor:
     def _resigned(self) -> bool:
         return self.report is not None and self.report.error_kind in PERMANENT
 
-    async def _drain(self, leader: LeaderPort, seconds: float) -> bool:
+    async def _drain(self, leader: LeaderPort, seconds: float, last_s: float) -> bool:
         """Whether all streams ended; those of a leader that is gone have."""
-        ended = True
+        now = asyncio.get_running_loop().time
         with suppress(ConnectionError):
-            draining = asyncio.ensure_future(leader.drain(seconds))
+            give_up = now() + last_s
+            ended = await self._drain_for(leader, seconds)
+            if not ended and now() < give_up and await self._alone():
+                log.info("the last replica of its kind: its streams may end for %g s", last_s)
+            while not ended and now() < give_up and await self._alone():
+                ended = await self._drain_for(leader, _LOOK_S)
+            await leader.stop()
+            return ended
+        return True
+
+    async def _drain_for(self, leader: LeaderPort, seconds: float) -> bool:
+        """Beats meanwhile. Raises ConnectionError where the leader is gone, or does not answer."""
+        draining = asyncio.ensure_future(leader.drain(seconds))
+        try:
             while not draining.done():
                 await asyncio.wait([draining], timeout=self._beat_s)
-                self.report = await leader.report()
+                async with asyncio.timeout(self._silence_s):
+                    self.report = await leader.report()
                 await self._announce()
-            ended = draining.result()
-            await leader.stop()
-        return ended
+            return draining.result()
+        except TimeoutError:
+            raise ConnectionError(f"no answer for {self._silence_s:g} s") from None
+        finally:
+            draining.cancel()
+
+    async def _alone(self) -> bool:
+        """As far as is known: where the router does not answer, streams are not given up."""
+        if self.claim is not None:
+            with suppress(ConnectionError):
+                return await self._router.alone(self.claim.replica, self.claim.epoch)
+        return True
 
     async def _claim_place(self) -> Claim:
         """A router that has just been started may take a while to answer. Raises ConnectionError after `silence_s`."""

@@ -69,7 +69,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write(place: Path, checkpoint: str) -> Path:
     model = {"path": str(place / checkpoint), "dtype": "float32", "replicas": 2, "threads": 1}
     file = place / "service.yaml"
-    file.write_text(json.dumps({"models": {"text": model}, "redis_url": "none", "drain_seconds": 60}))
+    file.write_text(json.dumps({"models": {"text": model}, "redis_url": "none", "drain_seconds": 0}))
     return file
 
 

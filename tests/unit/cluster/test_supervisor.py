@@ -80,6 +80,7 @@ class Link:
         self.latest: Member | None = None
         self.reachable = True
         self.stalls: list[str] = []
+        self.others = True  # that could go on with its streams
 
     def _check(self) -> None:
         if not self.reachable:
@@ -103,6 +104,10 @@ class Link:
     async def stall(self, replica: str, epoch: int, trouble: str) -> None:
         self._check()
         self.stalls.append(f"{replica} {epoch}: {trouble}")
+
+    async def alone(self, replica: str, epoch: int) -> bool:
+        self._check()
+        return not self.others
 
 
 def supervise(port: Port, link: Link, silence_s: float = 5.0) -> Supervisor:
@@ -218,6 +223,59 @@ async def test_a_leader_that_fails_while_it_drains_is_killed_and_its_place_is_fr
     assert port.kills == 1
     assert link.roster.members() == []
     await port.inner.stop()
+
+
+async def test_the_last_of_its_kind_waits_until_its_streams_have_ended() -> None:
+    engine = FakeEngine(step_s=0.001, max_context=10**6)
+    port, link = Port(leader(lambda _c, _p: engine)), Link()
+    link.others = False
+    supervisor = supervise(port, link)
+    await supervisor.start()
+    loop = port.inner._loop
+    assert loop is not None
+    made: list[int] = []
+    loop.attach(lambda step: made.extend(t for o in step.outputs for t in o.token_ids)).submit(Request("a", [1], 300))
+    assert await supervisor.leave(0.0, last_s=3600.0)
+    assert len(made) == 300
+    engine.check_idle()
+
+
+@pytest.mark.parametrize("last_s", [0.05, 3600.0])
+async def test_the_last_of_its_kind_waits_no_longer_than_it_may_or_has_to(
+    last_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.supervisor._LOOK_S", 0.01)
+    engine = FakeEngine(step_s=0.01, max_context=10**6)
+    port, link = Port(leader(lambda _c, _p: engine)), Link()
+    link.others = False
+    supervisor = supervise(port, link)
+    await supervisor.start()
+    loop = port.inner._loop
+    assert loop is not None
+    loop.attach(lambda _: None).submit(Request("a", [1], 900_000))
+    leaving = asyncio.create_task(supervisor.leave(0.0, last_s))
+    if last_s > 1:
+        await until(lambda: link.stages[-1:] == ["draining"])
+        assert not leaving.done()
+        link.others = True
+    assert not await leaving
+    engine.check_idle()
+
+
+async def test_a_leader_that_says_nothing_while_it_drains_is_killed() -> None:
+    port, link = Port(leader()), Link()
+    supervisor = supervise(port, link, silence_s=0.05)
+    await supervisor.start()
+    inner = port.inner
+
+    async def never(_seconds: float | None = None) -> bool:
+        await asyncio.Event().wait()
+        return True
+
+    port.drain, port.report = never, never  # type: ignore[method-assign,assignment]
+    assert await supervisor.leave(5.0), "whatever it carried has gone on elsewhere"
+    assert port.kills == 1
+    await inner.stop()
 
 
 async def test_leaving_does_not_wait_for_ever() -> None:
