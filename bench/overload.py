@@ -20,50 +20,25 @@ import json
 import os
 import platform
 import random
-import signal
-import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from a_service import service
+
 ROOT = Path(__file__).resolve().parent.parent
-UNDERSTUDY = str(Path(sys.executable).with_name("understudy"))
 PROMPT, OUT = 32, 32
 CLASSES = {1: ("urgent", 0.1), 0: ("normal", 0.6), -1: ("low", 0.3)}
 
 
-@contextmanager
-def service(arguments: argparse.Namespace) -> Iterator[str]:
-    """A running service: its address."""
-    flags = ["--engine", "fake", "--fake-rows", str(arguments.rows), "--max-running", str(arguments.running)]
-    flags += [
-        "--max-queue",
-        str(arguments.queue),
-        "--redis-url",
-        "none",
-        "--model",
-        f"bench={ROOT / 'models' / 'demo'}",
-    ]
-    process = subprocess.Popen(
-        [UNDERSTUDY, "serve", "--port", "0", "--admin-port", "0", "--metrics-port", "0", *flags],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("understudy: ready on "):
-                yield line.split()[-1]
-                return
-        raise SystemExit("the service did not start")
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(90)
+def flags(arguments: argparse.Namespace) -> list[str]:
+    """Of the service."""
+    made = ["--engine", "fake", "--fake-rows", str(arguments.rows), "--max-running", str(arguments.running)]
+    made += ["--max-queue", str(arguments.queue), "--redis-url", "none"]
+    return [*made, "--model", f"bench={ROOT / 'models' / 'demo'}"]
 
 
 @dataclass
@@ -237,8 +212,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the service is taken down, too
-    with service(arguments) as address:
+    with service(*flags(arguments)) as (address, _):
         result = asyncio.run(run(address, arguments))
     machine = f"{os.cpu_count()} cores ({platform.processor() or platform.machine()}), load {os.getloadavg()[0]:.1f}"
     text = table(result, arguments, machine)

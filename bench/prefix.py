@@ -20,49 +20,24 @@ import argparse
 import json
 import os
 import random
-import re
 import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT / "bench"))
+from a_service import UNDERSTUDY, service  # noqa: E402
 from prefix_faults import run_faults  # noqa: E402
 
-UNDERSTUDY = str(Path(sys.executable).with_name("understudy"))
 PREFIX, SUFFIX = 2048, 16
-
-
-@contextmanager
-def service(*flags: str, admin: str = "127.0.0.1:0") -> Iterator[str]:
-    """A running service; its address."""
-    process = subprocess.Popen(
-        [UNDERSTUDY, "serve", "--port", "0", "--admin-port", admin.split(":")[1], "--metrics-port", "0", *flags],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            if found := re.search(r"ready on (\S+)", line):
-                threading.Thread(target=process.stdout.read, daemon=True).start()
-                yield found.group(1)
-                return
-        raise RuntimeError("the service did not start")
-    finally:
-        process.send_signal(signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(120)
-        process.kill()
 
 
 def leaders(admin: str) -> list[int]:
@@ -97,8 +72,8 @@ def run_service(arguments: argparse.Namespace) -> dict[str, Any]:
     rng, times = random.Random(3), {"cold": [], "device": [], "host": [], "store": []}
     flags = ["--model", f"m={checkpoint}", "--replicas", "2", "--max-context", "2304", "--host-cache-bytes", "512MiB"]
     flags += ["--cache-bytes", "32MiB", "--heartbeat-timeout", "60"]
-    admin = f"127.0.0.1:{free_port()}"
-    with service(*flags, admin=admin) as address, Client(address) as client:
+    admin = f"127.0.0.1:{(port := free_port())}"
+    with service(*flags, admin=port) as here, Client(here.address) as client:
 
         def ask(prefix: list[int]) -> None:
             seconds, cached = first_token(client, [*prefix, *rng.choices(range(1000, 150_000), k=SUFFIX)])
@@ -277,7 +252,7 @@ def run_tenants(arguments: argparse.Namespace) -> dict[str, Any]:
     tokens = Path(tempfile.mkdtemp()) / "tokens"
     tokens.write_text("a red\nb blue\n")
     times: dict[str, list[float]] = {"others' hit": [], "no hit": [], "own hit": []}
-    with service("--tokens", str(tokens)) as address, Client(address, token="a") as a, Client(address, token="b") as b:
+    with service("--tokens", str(tokens)) as at, Client(at.address, token="a") as a, Client(at.address, token="b") as b:
         for _ in range(arguments.tries):
             known, fresh = (rng.choices(range(200, 2000), k=320) for _ in range(2))
             first_token(a, known)

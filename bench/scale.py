@@ -37,6 +37,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from a_service import service
 from chart import Panel, Series, chart
 
 from cluster import undertaker
@@ -106,28 +107,12 @@ def ray_with_nodes(most: int, idle_minutes: float) -> Iterator[str]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-@contextmanager
-def service(address: str, arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """`understudy serve` on that Ray: where clients and operators find it."""
-    admin = free_port()
-    flags = ["--ray-address", address, "--port", "0", "--admin-port", str(admin), "--metrics-port", "0"]
-    flags += ["--engine", "fake", "--fake-rows", str(arguments.rows), "--max-running", str(arguments.running)]
-    flags += ["--replicas", f"1:{arguments.most}", "--threads", "1", "--redis-url", "none"]
-    flags += ["--scale-down-seconds", str(arguments.down), "--heartbeat-timeout", "5", "--drain-seconds", "5"]
-    process = subprocess.Popen(
-        [str(BIN / "understudy"), "serve", *flags, "--model", f"bench={ROOT / 'models' / 'demo'}"],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("understudy: ready on "):
-                yield line.split()[-1], f"127.0.0.1:{admin}"
-                return
-        raise SystemExit("the service did not start")
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(120)
+def flags(address: str, arguments: argparse.Namespace) -> list[str]:
+    """Of a service on that Ray."""
+    made = ["--ray-address", address, "--engine", "fake", "--fake-rows", str(arguments.rows)]
+    made += ["--max-running", str(arguments.running), "--replicas", f"1:{arguments.most}", "--threads", "1"]
+    made += ["--scale-down-seconds", str(arguments.down), "--heartbeat-timeout", "5", "--drain-seconds", "5"]
+    return [*made, "--redis-url", "none", "--model", f"bench={ROOT / 'models' / 'demo'}"]
 
 
 @dataclass
@@ -388,8 +373,9 @@ def main() -> None:
 
         ray.init(address=address, configure_logging=False, log_to_driver=False)
         try:
-            with service(address, arguments) as (clients_at, admin):
-                log = asyncio.run(measure(clients_at, admin, arguments))
+            admin = free_port()
+            with service(*flags(address, arguments), admin=admin) as (clients_at, _):
+                log = asyncio.run(measure(clients_at, f"127.0.0.1:{admin}", arguments))
         finally:
             ray.shutdown()
     result = summary(log, arguments)

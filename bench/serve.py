@@ -21,22 +21,19 @@ import json
 import os
 import platform
 import random
-import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+from a_service import service
 
 ROOT = Path(__file__).resolve().parent.parent
-UNDERSTUDY = str(Path(sys.executable).with_name("understudy"))
 PROMPT, OUT = 32, 128
 
 
@@ -184,26 +181,6 @@ class Child:
         self.process.wait()
 
 
-@contextmanager
-def service(flags: list[str]) -> Iterator[tuple[str, int]]:
-    """A running service: its address and process id."""
-    process = subprocess.Popen(
-        [UNDERSTUDY, "serve", "--port", "0", "--admin-port", "0", "--metrics-port", "0", *flags],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("understudy: ready on "):
-                yield line.split()[-1], process.pid
-                return
-        raise SystemExit("the service did not start")
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(90)
-
-
 def cpu_by_role(pid: int) -> dict[str, float]:
     """CPU seconds so far of everything that the service has started."""
     used: dict[str, float] = {}
@@ -227,7 +204,7 @@ def run(arguments: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
     flags = ["--model", f"bench={checkpoint}"] + (["--engine", "fake"] if arguments.fake else [])
     threads = ["--threads", str(arguments.threads)] if arguments.threads else []
     results: dict[str, Any] = {}
-    with service([*flags, *threads]) as (address, pid):
+    with service(*flags, *threads) as (address, pid):
         engine = Child("--child", "engine", "--checkpoint", str(checkpoint), *threads, *(["--fake"] * arguments.fake))
         clients = Child("--child", "clients", "--address", address)
         if not arguments.fake and engine.hello["numerics_id"] != clients.hello["numerics_id"]:
@@ -321,7 +298,6 @@ def main() -> None:
     parser.add_argument("--child", choices=("engine", "clients"), help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the service is taken down, too
     if arguments.child == "engine":
         engine_child(arguments.checkpoint, arguments.threads, arguments.fake)
     elif arguments.child == "clients":
