@@ -196,8 +196,8 @@ def table(result: dict[str, Any], arguments: argparse.Namespace, machine: str) -
     lines += [
         "",
         f"{places} sequences at most are taken at a time: at {result['best']:,.0f} tokens/s their answers take "
-        f"{bound:.1f} s, which bounds what an urgent or normal one waits. A low one that was taken waits as long as "
-        "higher ones keep coming: it is behind all of them.",
+        f"{bound:.1f} s, which is about what an urgent or normal one waits. Of eight that are admitted one is whoever "
+        "has waited longest, so that a low one does not wait for as long as higher ones keep coming.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -28,9 +28,24 @@ from workers.engine.contract import (
     TokenTrace,
 )
 from workers.engine.sequence import begun_words, finish_of, forced_id
+from workers.engine.turns import Turns
 
 BLOCK_TOKENS = 16
 _MASK = (1 << 64) - 1
+
+
+@dataclass(slots=True)
+class _Waiting:
+    request: Request
+    rank: tuple[int, int]
+
+    @property
+    def arrival(self) -> int:
+        return self.rank[1]
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        return self.request.prompt
 
 
 @dataclass(slots=True)
@@ -99,7 +114,9 @@ class FakeEngine:
         self._sleep = sleep
         self._answer = answer
         self._fatal = fatal
-        self._waiting: dict[str, Request] = {}
+        self._waiting: dict[str, _Waiting] = {}
+        self._arrivals = 0
+        self._turns = Turns()
         self._running: dict[str, _Running] = {}
         self._ended: list[SequenceOutput] = []  # cancelled or refused, told by the next step
         self._families: dict[tuple[str, str], int] = {}  # what the first member found cached; while work is there
@@ -137,7 +154,8 @@ class FakeEngine:
             reason = f"{len(request.prompt)} prompt tokens and {request.max_tokens} more exceed the context of {limit}"
             self._ended.append(SequenceOutput(request.id, [], finish=FinishReason.ERROR, error=reason))
             return
-        self._waiting[request.id] = request
+        self._arrivals += 1
+        self._waiting[request.id] = _Waiting(request, (-request.priority, self._arrivals))
 
     def cancel(self, id: str) -> None:
         known = self._waiting.pop(id, None) or self._running.pop(id, None)
@@ -168,7 +186,7 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         s = self._stats
         s.running, s.waiting = len(self._running), len(self._waiting)
-        left = [(r.priority, len(r.prompt)) for r in self._waiting.values()]
+        left = [(w.request.priority, len(w.tokens)) for w in self._waiting.values()]
         left += [(r.request.priority, r.left) for r in self._running.values() if not r.reported]
         s.waiting_prefill_tokens = sum(n for _, n in left)
         s.waiting_prefill_normal = sum(n for priority, n in left if priority >= 0)
@@ -190,10 +208,12 @@ class FakeEngine:
     def _admit(self) -> None:
         if not self._running:
             self._families.clear()
-        for id in sorted(self._waiting, key=lambda id: -self._waiting[id].priority):
-            if len(self._running) >= self._info.max_running:
-                return
-            self._running[id] = self._start(self._waiting.pop(id))
+        waiting = sorted(self._waiting.values(), key=lambda w: w.rank)
+        while waiting and len(self._running) < self._info.max_running:
+            chosen = next(iter(self._turns.order(waiting)))
+            waiting.remove(chosen)
+            self._turns.admitted(chosen, waiting)
+            self._running[chosen.request.id] = self._start(self._waiting.pop(chosen.request.id).request)
 
     def _start(self, request: Request) -> _Running:
         s = request.sampling

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Sequence as Several
+from collections.abc import Iterable, Sequence, Sized
 from operator import attrgetter
-
-from workers.engine.sequence import Sequence
+from typing import Protocol, TypeVar
 
 SHARE = 8  # of so many admissions one is of whoever has waited longest, and of so many prompt tokens one is theirs
 FIRST = -(1 << 32)  # before any priority
 
 _arrival = attrgetter("arrival")
+
+
+class Waiter(Protocol):
+    """`rank` begins with the class, smaller is better, and ends with `arrival`, the number of the request."""
+
+    rank: tuple[int, int]
+
+    @property
+    def arrival(self) -> int: ...
+
+    @property
+    def tokens(self) -> Sized: ...
+
+
+W = TypeVar("W", bound=Waiter)
 
 
 class Turns:
@@ -25,14 +38,14 @@ class Turns:
     def __init__(self) -> None:
         self._count = self._tokens = 0  # of those that have overtaken the oldest one
 
-    def order(self, waiting: Several[Sequence]) -> Iterable[Sequence]:
+    def order(self, waiting: Sequence[W]) -> Iterable[W]:
         """Who should be admitted, best first. `waiting` is by rank, and not empty."""
         oldest = _oldest(waiting)
         if oldest is waiting[0] or not self._due(oldest):
             return waiting
         return (oldest, *(s for s in waiting if s is not oldest))
 
-    def admitted(self, sequence: Sequence, waiting: Several[Sequence]) -> None:
+    def admitted(self, sequence: W, waiting: Sequence[W]) -> None:
         """It runs now; `waiting` are those that still wait. Who has waited longest is not overtaken again inside the
         engine: no prompt goes before its own, and its blocks are the last to be taken."""
         if waiting and _oldest(waiting).arrival < sequence.arrival:
@@ -43,10 +56,10 @@ class Turns:
             sequence.rank = (FIRST, sequence.arrival)
         self._count = self._tokens = 0
 
-    def _due(self, oldest: Sequence) -> bool:
+    def _due(self, oldest: Waiter) -> bool:
         return self._count >= SHARE - 1 and self._tokens >= (SHARE - 1) * len(oldest.tokens)
 
 
-def _oldest(waiting: Several[Sequence]) -> Sequence:
+def _oldest(waiting: Sequence[W]) -> W:
     same = waiting[0].rank[0] == waiting[-1].rank[0]
     return waiting[0] if same else min(waiting, key=_arrival)
