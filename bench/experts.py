@@ -207,7 +207,7 @@ def empty_exchange(engine: Any) -> float:
 
     from workers.experts.dispatch import RemoteExperts
 
-    layer = RemoteExperts(engine.experts, SHAPE["num_hidden_layers"] - 1, SHAPE["num_experts"])
+    layer = RemoteExperts(engine.experts, SHAPE["num_hidden_layers"] - 1)
     x = torch.zeros(1, SHAPE["hidden_size"], dtype=torch.bfloat16)
     ids, weights = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)
     times = []

@@ -19,12 +19,33 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Throttle:
-    """A TCP proxy in front of a Unix socket that lets `bytes_s` through each way; None: all."""
+    """A TCP proxy in front of a Unix socket, in a process of its own, so that it takes nothing from the engines'
+    interpreter."""
+
+    def __init__(self, path: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._process.stdout is not None
+        self.url = f"redis://127.0.0.1:{self._process.stdout.readline().strip()}"
+
+    def let_through(self, bytes_s: float | None) -> None:
+        """So much each way; None: all."""
+        assert self._process.stdin is not None
+        print(bytes_s or 0, file=self._process.stdin, flush=True)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+class Pump:
+    """What that process does."""
 
     def __init__(self, path: str) -> None:
         self.bytes_s: float | None = None
         self._path, self._server = path, socket.create_server(("127.0.0.1", 0))
-        self.url = f"redis://127.0.0.1:{self._server.getsockname()[1]}"
+        self.port = self._server.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -143,9 +164,9 @@ def run_faults(arguments: argparse.Namespace) -> dict[str, Any]:
     full(True)
     record("full")
     full(False)
-    proxy.bytes_s = 5e6
+    proxy.let_through(5e6)
     record("5 MB/s", known=True)
-    proxy.bytes_s = None
+    proxy.let_through(None)
     stall()
     record("stalled for 5 s")
     time.sleep(5.0)
@@ -161,5 +182,17 @@ def run_faults(arguments: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     for e in (with_store, without, other):
         e.close()
+    proxy.close()
     redis.__exit__()
     return results
+
+
+def main(path: str) -> None:
+    pump = Pump(path)
+    print(pump.port, flush=True)
+    for line in sys.stdin:
+        pump.bytes_s = float(line) or None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -283,8 +283,24 @@ def test_experts_computed_apart_and_combined_are_the_fused_call(
         rows, at = torch.where(home[ids.long()] == part)
         local = torch.tensor([held.index(i) for i in ids[rows, at].tolist()], dtype=torch.int32)
         slots[rows, at] = some(x[rows], local[:, None], torch.ones(len(rows), 1))
+        assert torch.equal(some.slots(x, rows.to(torch.int32), local), slots[rows, at])
     assert torch.equal(ops.combine(slots, weights), fused)
     assert torch.equal(ops.combine(slots, weights).signbit(), fused.signbit())
+
+
+def test_slots_of_rows_or_experts_that_are_not_there_are_refused(ops: Ops) -> None:
+    experts, x = ops.experts(*experts_weights(ops.dtype, 3, 32, 64)), random(ops.dtype, 5, 64)
+
+    def slots(rows: list[int], ids: list[int]) -> Tensor:
+        return experts.slots(x, torch.tensor(rows, dtype=torch.int32), torch.tensor(ids, dtype=torch.int32))
+
+    assert slots([], []).shape == (0, 64)
+    for rows in ([0, 5], [-1, 0]):
+        with pytest.raises(IndexError, match=r"row is outside of 0 \.\. 4"):
+            slots(rows, [0, 1])
+    for ids in ([0, 3], [-1, 0]):
+        with pytest.raises(IndexError, match=r"id is outside of 0 \.\. 2"):
+            slots([0, 1], ids)
 
 
 def test_slots_are_combined_row_by_row(ops: Ops) -> None:

@@ -28,7 +28,7 @@ from workers.cache.host import HostTier
 from workers.cache.known import Known
 from workers.cache.landing import Caches, Item, Landing
 from workers.cache.orders import NEVER, Arrived, Found, Load, Save, StoreConfig, StoreCounts
-from workers.cache.rates import FIND_S, HOST_BYTES_S, STORE_BYTES_S, Rate, Seconds
+from workers.cache.rates import FIND_S, HOST_BYTES_S, LATELY_S, STORE_BYTES_S, Rate, Seconds
 from workers.cache.remote import Remote
 from workers.cache.values import HEADER_BYTES, Seal
 from workers.cache.worker import Box, Worker
@@ -89,7 +89,7 @@ class BlockStore:
             told=main,
         )
         self._counts = StoreCounts()
-        self._rates = {Tier.HOST: Rate(HOST_BYTES_S, 8e6), Tier.STORE: Rate(STORE_BYTES_S, 8e6)}
+        self._rates = {Tier.HOST: Rate(HOST_BYTES_S, 8e6), Tier.STORE: Rate(STORE_BYTES_S, 8e6, LATELY_S)}
         self._latency = Seconds(FIND_S)
         self._box: Box[Found | Arrived] = Box()
         self._known = Known()

@@ -8,9 +8,10 @@ the back, and once they touch the sequence leaps to the end of what was loaded:
                   rows ->      <- blocks
 
 How far each goes is a matter of measured rates. Where the store is much faster, the sequence waits for it and computes
-nothing (the others go on); where it is not, it computes meanwhile, and takes from the load what it overtakes. It waits
-for a silent store no longer than `PATIENCE` of the time that computing would take, so that a store that hangs costs
-that much and no more. Blocks that never come are computed: nothing here can fail.
+nothing (the others go on); where it is not, it computes meanwhile, and takes from the load what it overtakes. A store
+that is much slower is not asked, but for a load now and then that measures it. The sequence waits for a silent store no
+longer than `PATIENCE` of the time that computing would take, so that a store that hangs costs that much and no more.
+Blocks that never come are computed: nothing here can fail.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from workers.cache.events import Tier
 from workers.cache.manager import CacheManager
 from workers.cache.orders import NEVER, Arrived, Fetch, Found, Load, StorePort
-from workers.cache.rates import Rate
+from workers.cache.rates import Probes, Rate
 from workers.engine.contract import EngineStats
 from workers.engine.plan import StepPlan
 from workers.engine.sequence import Sequence
@@ -36,6 +37,7 @@ FILLED = (
     "host_loaded_bytes", "host_load_seconds", "store_loaded_bytes", "store_load_seconds", "store_bad_values",
     "store_misses", "store_written_bytes", "store_writes_dropped", "store_failures",
 )  # fmt: skip
+SLOW = 2.0  # times as long as computing: a load that takes longer spares less than it costs in steps cut short
 WAIT_S = 0.005  # at most, where a step has nothing to compute: requests come meanwhile
 
 
@@ -55,6 +57,7 @@ class OpenLoad:
     ready: dict[int, Tier] = field(default_factory=dict)
     arrived_bytes: int = 0
     given_up: bool = False
+    probes: bool = False  # begun to measure a store that seems too slow: nobody waits for it
 
 
 class Loads:
@@ -74,6 +77,7 @@ class Loads:
         self._numbers = 0
         self._floors: list[tuple[int, int]] = []
         self._begun: list[Load] = []
+        self._loading, self._asking = Probes(clock), Probes(clock)  # tries of a store that seems too slow
         self.compute = Rate(COMPUTE_TOKENS_S, 2048)
         cache.fresh = []
 
@@ -89,10 +93,12 @@ class Loads:
         spared_s = (ahead + (last - first) * self._cache.block_tokens) / self.compute.value
         self._numbers += 1
         load = OpenLoad(self._numbers, sequence, now, max(LEAST_S, self._patience * spared_s), now)
-        if self._port.reachable and self._port.latency_s() < spared_s / 2:
+        latency = self._port.latency_s()
+        slow = latency >= spared_s / 2 + load.patience_s
+        if self._port.reachable and (not slow or self._asking.may(latency)):
             load.asked = self._unknown(sequence, first, last)
         if load.asked:
-            load.until = now + min(load.patience_s, 4 * self._port.latency_s() + self._patience)
+            load.until = now if slow else now + min(load.patience_s, 4 * latency + self._patience)
             self._add(load, [key for key, _ in load.asked])
             self._port.find(load.number, load.asked)
         else:
@@ -222,18 +228,33 @@ class Loads:
             return (table.keys[i], group) in found or port.has_host(table.keys[i], group)
 
         end = cache.loadable(table, first, present, last) if first < last else first
-        if end <= first or self._sooner_s(load.number) >= spared_s:
+        if end <= first:
             return
+        if self._too_slow(load, first, end, spared_s):
+            load.probes = self._loading.may(1 / port.rate(Tier.STORE))
+            if not load.probes:
+                return
         fetches = cache.reserve(table, end)
         if fetches is None:
             return
         load.end, load.begun = end, self._clock()
         load.pending = {f.index: (f, self._tier(f), self._bytes(f)) for f in fetches}
         load.ready = {i: Tier.DEVICE for i in range(first, end) if i not in load.pending and cache.covered(table, i)}
-        load.until = load.begun + self._sooner_s(load.number) + load.patience_s
+        load.until = load.begun + (0.0 if load.probes else self._sooner_s(load.number) + load.patience_s)
         self._add(load, [f.key for f in fetches])
         if fetches:
             self._begun.append(Load(load.number, fetches[::-1]))
+
+    def _too_slow(self, load: OpenLoad, first: int, end: int, spared_s: float) -> bool:
+        """Whether nothing would come before it is computed, or all of it much later."""
+        keys, groups = load.sequence.table.keys[first:end], range(len(self._cache.windows))
+        lacking = [[g for g in groups if (key, g) in load.found and not self._port.has_host(key, g)] for key in keys]
+        size = sum(self._port.block_bytes[g] for each in lacking for g in each)
+        if not size:
+            return False
+        whole_s = (self._queued(load.number, Tier.STORE) + size) / self._port.rate(Tier.STORE)
+        soon_s = self._sooner_s(load.number)
+        return soon_s >= spared_s + load.patience_s or whole_s > SLOW * spared_s + load.patience_s
 
     def _add(self, load: OpenLoad, keys: list[bytes]) -> None:
         self._open[load.number] = load
@@ -261,6 +282,8 @@ class Loads:
             load.ready[event.index] = event.tier
             load.sequence.table.loaded.add(event.index)
             load.arrived_bytes += size
+            if load.probes:
+                return
             load.until = max(load.until, self._clock() + FIRST_BYTES / self._port.rate(event.tier) + load.patience_s)
 
     def _leap(self, load: OpenLoad) -> None:

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 _STEP_S = 1.0  # between two layers of a step, at most in most
 _ABANDONED_S = 60.0  # for an exchange that nobody finished
+_FEW_BYTES = 64 << 10  # of rows: picking those that a host needs takes longer than sending all
 
 
 @dataclass(slots=True)
@@ -89,10 +90,14 @@ class Dispatcher:
 
     # What a layer asks --------------------------------------------------------------------------------------------
 
-    def experts(self, ffn: MoeFfn, _hidden: int, prefix: str, _load: Loader) -> Experts:
+    def experts(self, _ffn: MoeFfn, _hidden: int, prefix: str, _load: Loader) -> Experts:
         """The experts of a layer, as `workers.model.load.Loader.experts_factory`."""
         layer = int(prefix.rpartition(".")[2])
-        return RemoteExperts(self, layer, ffn.experts)
+        return RemoteExperts(self, layer)
+
+    def count(self, layer: int) -> int:
+        """How many experts a layer has."""
+        return len(self._view.placement.table[self._slot[layer]])
 
     def begin(self, layer: int, x: Tensor, ids: Tensor) -> _Exchange:
         """Sends a layer's rows."""
@@ -162,9 +167,11 @@ class _Exchange:
         self._d, self._layer = dispatcher, layer
         self._k = ids.shape[1]
         self._experts = ids.reshape(-1).cpu().numpy()
+        if len(self._experts) and not (self._experts.min() >= 0 and self._experts.max() < dispatcher.count(layer)):
+            raise IndexError(f"an expert's id is outside of 0 .. {dispatcher.count(layer) - 1}")
         self._device = x.device
         # Rows are moved as bytes, by numpy: torch would wake its threads, which then spin on the hosts' cores.
-        self._x = x.contiguous().cpu().view(torch.uint8).numpy()
+        self._x: NDArray[np.uint8] = x.contiguous().cpu().view(torch.uint8).numpy()
         self._deadline: float | None = None
         self._refusal = ""
         self._out = np.empty((len(self._experts), self._x.shape[1]), np.uint8)
@@ -179,10 +186,8 @@ class _Exchange:
         if not len(slots):
             return
         hosts = d._current().splits[d._slot[self._layer]](self._experts[slots])
-        order = np.argsort(hosts, kind="stable")
-        bounds = np.flatnonzero(np.diff(hosts[order])) + 1
-        for some in np.split(order, bounds):
-            host, mine = int(hosts[some[0]]), slots[some]
+        for host in np.flatnonzero(np.bincount(hosts + 1)).tolist():
+            host, mine = host - 1, slots[hosts == host - 1]
             part = None if host == NOBODY else self._send_to(d._view.placement.hosts[host], mine)
             if part is None:
                 self._unsent = np.concatenate([self._unsent, mine])
@@ -208,21 +213,30 @@ class _Exchange:
         link = d._links.get(name)
         if link is None:
             return None
-        chosen = np.zeros(len(self._x), np.bool_)
-        chosen[slots // self._k] = True
-        rows = np.flatnonzero(chosen)
-        at = (np.cumsum(chosen) - 1)[slots // self._k]
         part = _Part(link, slots, d._next_sequence())
-        numbers = np.concatenate([at.astype(np.int32), self._experts[slots]])
-        x = self._x if len(rows) == len(self._x) else self._x.take(rows, axis=0)
+        numbers = np.empty(2 * len(slots), np.int32)
+        x = self._rows_of(slots, numbers[: len(slots)])
+        numbers[len(slots) :] = self._experts[slots]
         data = x.data.cast("B") if x.size else memoryview(b"")
         try:
-            link.ask(self._layer, part.sequence, len(rows), len(slots), memoryview(numbers.tobytes()), data)
+            link.ask(self._layer, part.sequence, len(x), len(slots), numbers.data.cast("B"), data)
         except ChannelError as error:
             d._links.lose(link, str(error))
             return None
         d._exchanges += 1
         return part
+
+    def _rows_of(self, slots: NDArray[np.int64], at: NDArray[np.int32]) -> NDArray[np.uint8]:
+        """The rows that these slots are of, all of them where they are few or nearly all are wanted; fills in the place
+        of each slot's row among them. [S] -> [R, bytes of a row]"""
+        x, of = self._x, slots // self._k
+        if x.nbytes <= _FEW_BYTES or len(slots) >= 2 * len(x):
+            at[:] = of
+            return x
+        chosen = np.zeros(len(x), np.bool_)
+        chosen[of] = True
+        at[:] = (np.cumsum(chosen) - 1)[of]
+        return x[chosen]
 
     def receive(self) -> None:
         """Takes all results; what is lost is to be sent again. Raises Unavailable where a host refuses."""
@@ -262,7 +276,6 @@ class RemoteExperts:
 
     dispatcher: Dispatcher
     layer: int
-    count: int
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return self.start(x, ids)(weights)
@@ -270,8 +283,6 @@ class RemoteExperts:
     def start(self, x: Tensor, ids: Tensor) -> Callable[[Tensor], Tensor]:
         """Sends the rows; what is returned waits for their results and adds them: [T, k] -> [T, H]. What is computed
         between the two costs no time of its own."""
-        if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < self.count):
-            raise IndexError(f"an expert's id is outside of 0 .. {self.count - 1}")
         return self.dispatcher.begin(self.layer, x, ids).finish
 
 

@@ -195,15 +195,13 @@ class ExpertHost:
         numbers = payload[: 8 * slots].view(torch.int32)
         rows, experts = numbers[:slots], numbers[slots:].numpy()
         x = payload[8 * slots :].view(shelf.ops.dtype).view(header.rows, shelf.spec.hidden)
-        if slots and not (int(rows.min()) >= 0 and int(rows.max()) < header.rows):
-            raise ValueError(f"a slot's row is outside of 0 .. {header.rows - 1}")
         device = shelf.device
         with torch.inference_mode():
             result = shelf.compute(header.layer, x.to(device), rows.to(device), experts)
         counts = np.bincount(experts, minlength=self._rows.shape[1])
         with self._lock:
             self._rows[self._slot[header.layer]] += counts
-        return result.cpu().contiguous()
+        return result.cpu()
 
     def _load_ahead(self) -> None:
         while (place := self._asked.get()) is not None and not self._stopped.is_set():

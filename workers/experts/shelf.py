@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from workers.kernels.ops import Experts, Ops
+from workers.kernels.ops import Ops, PackedExperts
 from workers.model.ffn import expert_weights
 from workers.model.load import Loader
 from workers.model.names import find_names
@@ -27,7 +27,7 @@ class _Layer:
     """What is held of a layer: `local[e]` is the place of expert e among `experts`, -1 where it is not there."""
 
     local: NDArray[np.int32]
-    experts: Experts | None
+    experts: PackedExperts | None
 
 
 class Shelf:
@@ -39,7 +39,7 @@ class Shelf:
         self.layers = tuple(i for i, ffn in enumerate(spec.ffn) if isinstance(ffn, MoeFfn))
         self._load = load
         self._names = find_names(spec.names, load.has)
-        self._packed: dict[Place, Experts] = {}
+        self._packed: dict[Place, PackedExperts] = {}
         self._layers = {i: self._arranged(i) for i in self.layers}
         self._packing = threading.Lock()
         self._changing = threading.Lock()
@@ -99,20 +99,20 @@ class Shelf:
 
     def compute(self, layer: int, x: Tensor, rows: Tensor, experts: NDArray[np.int32]) -> Tensor:
         """Slot s is expert[experts[s]](x[rows[s]]), loaded first where it is not there. x: [T, H]; rows: int32 [S];
-        experts: [S] -> [S, H]"""
+        experts: [S] -> [S, H]. Raises IndexError for rows and experts that there are not."""
         ffn = self._ffn(layer)
         if len(experts) and not (experts.min() >= 0 and experts.max() < ffn.experts):
-            raise ValueError(f"an expert's number is outside of 0 .. {ffn.experts - 1}")
+            raise IndexError(f"an expert's number is outside of 0 .. {ffn.experts - 1}")
         held = self._layers[layer]
-        while (missing := np.flatnonzero(held.local[experts] < 0)).size:
-            for expert in dict.fromkeys(experts[missing].tolist()):
+        local = held.local[experts]
+        while len(local) and local.min() < 0:
+            for expert in dict.fromkeys(experts[local < 0].tolist()):
                 self.load((layer, expert), urgent=True)
             held = self._layers[layer]
+            local = held.local[experts]
         if held.experts is None:
             return x.new_zeros(0, x.shape[1])
-        ids = torch.from_numpy(held.local[experts])[:, None].to(x.device)
-        ones = torch.ones(ids.shape, dtype=torch.float32, device=x.device)
-        return held.experts(x.index_select(0, rows), ids, ones)
+        return held.experts.slots(x, rows, torch.from_numpy(local).to(x.device))
 
     def _ffn(self, layer: int) -> MoeFfn:
         ffn = self.spec.ffn[layer] if 0 <= layer < self.spec.layers else None

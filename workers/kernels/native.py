@@ -39,6 +39,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "understudy_experts_new": (_P, [_P, _L, _I]),
     "understudy_experts_free": (None, [_P]),
     "understudy_experts": (_I, [_P, _P, _L, _P, _L, _P, _P, _L, _L]),
+    "understudy_expert_slots": (_I, [_P, _P, _L, _L, _P, _P, _P, _L, _L]),
     "understudy_combine": (None, [_I, _P, _P, _P, _L, _L, _L]),
     "understudy_rms_norm": (None, [_I, _I, _P, _L, _P, _P, _L, _L, _F]),
     "understudy_add_rms_norm": (None, [_I, _I, _P, _L, _P, _L, _P, _P, _L, _L, _F]),

@@ -86,13 +86,14 @@ class NativeGated:
 class NativeExperts:
     """The packed experts of one layer."""
 
-    __slots__ = ("__weakref__", "_call", "_dtype", "_handle", "act", "hidden", "linears")
+    __slots__ = ("__weakref__", "_call", "_dtype", "_each", "_handle", "act", "hidden", "linears")
 
     def __init__(self, lib: ctypes.CDLL, linears: list[NativeLinear], act: str, dtype: torch.dtype) -> None:
         self.linears = linears  # gate, up, down of each expert; the handle refers to them
         self.act = act
         self._dtype = dtype
         self._call: Callable[..., int] = lib.understudy_experts
+        self._each: Callable[..., int] = lib.understudy_expert_slots
         self.hidden = linears[0].k
         handles = (ctypes.c_void_p * len(linears))(*(linear.handle for linear in linears))
         self._handle: int = lib.understudy_experts_new(handles, len(linears) // 3, ACT_CODES[act])
@@ -116,6 +117,29 @@ class NativeExperts:
             raise IndexError(f"an expert's id is outside of 0 .. {len(self.linears) // 3 - 1}")
         if status == 2:
             raise MemoryError(f"no memory for {t * k} rows of experts")
+        return y
+
+    def slots(self, x: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+        """See `workers.kernels.ops.PackedExperts`."""
+        t, h = x.shape
+        if h != self.hidden or x.dtype is not self._dtype or rows.shape != ids.shape or rows.ndim != 1:
+            raise ValueError(
+                f"experts take x [T, {self.hidden}] {self._dtype} with rows and ids [S], "
+                f"not {list(x.shape)} {x.dtype} with {list(rows.shape)} and {list(ids.shape)}"
+            )
+        if ids.dtype is not torch.int32 or rows.dtype is not torch.int32:
+            raise ValueError(f"experts take int32 rows and ids, not {rows.dtype} and {ids.dtype}")
+        x, rows, ids, count = adjacent(x), rows.contiguous(), ids.contiguous(), len(ids)
+        y = torch.empty((count, h), dtype=self._dtype)
+        status = self._each(
+            self._handle, x.data_ptr(), x.stride(0), t, rows.data_ptr(), ids.data_ptr(), y.data_ptr(), h, count
+        )
+        if status == 1:
+            raise IndexError(f"an expert's id is outside of 0 .. {len(self.linears) // 3 - 1}")
+        if status == 2:
+            raise MemoryError(f"no memory for {count} rows of experts")
+        if status == 3:
+            raise IndexError(f"a slot's row is outside of 0 .. {t - 1}")
         return y
 
 

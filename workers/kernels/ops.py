@@ -45,6 +45,17 @@ class Experts(Protocol):
         """
 
 
+class PackedExperts(Experts, Protocol):
+    """Experts that lie here."""
+
+    def slots(self, x: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+        """expert[ids](x[rows]), slot by slot: what `__call__` gives for k = 1 and the weight 1.
+
+        x: [T, H]; rows, ids: int32 [S]; result: [S, H] in x's dtype. Raises IndexError for a row or an expert that is
+        not there.
+        """
+
+
 @dataclass(slots=True)
 class Batch:
     """Where the rows of one step stand. Made once per step and used by every layer.
@@ -123,10 +134,10 @@ class Ops(Protocol):
         down: Sequence[Tensor],
         biases: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]] | None = None,
         act: str = "silu",
-    ) -> Experts:
+    ) -> PackedExperts:
         """Packs E experts: gate and up are [F, H] each, down is [H, F]; `biases` of gate, up, down; act of `gated`."""
 
-    def join_experts(self, parts: Sequence[Any]) -> Experts:
+    def join_experts(self, parts: Sequence[Any]) -> PackedExperts:
         """Experts that were packed apart, by this object, as one: those of the first part, then the next one's. The
         weights are shared, not copied."""
 

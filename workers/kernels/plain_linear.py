@@ -118,6 +118,15 @@ class PlainExperts:
             outputs[rows, slots] = self.down[expert](self.first[expert](x[rows]))
         return added_slots(outputs, weights)
 
+    def slots(self, x: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+        """See `workers.kernels.ops.PackedExperts`."""
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self.down):
+            raise IndexError(f"an expert's id is outside of 0 .. {len(self.down) - 1}")
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(x):
+            raise IndexError(f"a slot's row is outside of 0 .. {len(x) - 1}")
+        ones = torch.ones(len(ids), 1, dtype=torch.float32, device=x.device)
+        return self(x.index_select(0, rows), ids[:, None], ones)
+
 
 def added_slots(slots: Tensor, weights: Tensor) -> Tensor:
     """`Ops.combine`. [T, k, H] and float32 [T, k] -> [T, H]"""

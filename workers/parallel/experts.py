@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.kernels.ops import Experts, Ops
+from workers.kernels.ops import Experts, Ops, PackedExperts
 from workers.parallel.group import Group, tree_sum
 from workers.parallel.share import Share
 
@@ -32,7 +32,7 @@ class SpreadExperts:
     """Each expert lies whole at one rank, which computes the rows that chose it; every rank gets all rows' outputs and
     adds them in the order of the gate's slots, so that the result has the bits of one process."""
 
-    def __init__(self, mine: Experts, experts: int, share: Share, group: Group, ops: Ops) -> None:
+    def __init__(self, mine: PackedExperts, experts: int, share: Share, group: Group, ops: Ops) -> None:
         """`mine`: this rank's, `share.some(experts)`."""
         self._mine, self._group, self._ops = mine, group, ops
         spread = [share.of_rank(experts, rank) for rank in range(share.size)]
@@ -48,10 +48,10 @@ class SpreadExperts:
         counts = torch.bincount(ranks, minlength=self._group.size).tolist()
         begin = sum(counts[: self._group.rank])
         here = order[begin : begin + counts[self._group.rank]]
-        rows = x[here // k]
+        rows = x[:0]
         if len(here):
-            chosen = (slots[here] - self._first).to(torch.int32)[:, None]
-            rows = self._mine(rows, chosen, torch.ones(len(here), 1, device=x.device))
+            chosen = (slots[here] - self._first).to(torch.int32)
+            rows = self._mine.slots(x, (here // k).to(torch.int32), chosen)
         outputs = x.new_empty(t * k, x.shape[1])
         outputs[order] = torch.cat(self._group.gather(rows, counts=counts))
         return self._ops.combine(outputs.view(t, k, -1), weights)

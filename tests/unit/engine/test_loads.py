@@ -10,6 +10,7 @@ from workers.cache.events import Observer, Tier
 from workers.cache.keys import root_key
 from workers.cache.manager import CacheManager
 from workers.cache.orders import NEVER, Arrived, Found, StoreCounts
+from workers.cache.rates import PROBE_S
 from workers.engine.contract import EngineStats, Request
 from workers.engine.loads import FIRST_BYTES, PATIENCE, Loads
 from workers.engine.plan import StepPlan
@@ -39,7 +40,7 @@ class Port:
         self.searches: list[tuple[int, Many[tuple[bytes, tuple[int, ...]]]]] = []
         self.in_host: set[bytes] = set()
         self.waited: list[float] = []
-        self._rate = rate
+        self._rate, self.latency = rate, 0.002
 
     def has_host(self, key: bytes, group: int) -> bool:
         return key in self.in_host
@@ -57,12 +58,20 @@ class Port:
     def rate(self, tier: Tier) -> float:
         return self._rate
 
+    def faster(self, times: float) -> None:
+        self._rate *= times
+
     def latency_s(self) -> float:
-        return 0.002
+        return self.latency
 
     def observe(self, observer: Observer) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Everything(set[bytes]):
+    def __contains__(self, _key: object) -> bool:
+        return True
 
 
 class Stage:
@@ -149,13 +158,67 @@ def test_a_slow_store_is_met_in_the_middle():
     stage.end(s)
 
 
-def test_a_much_slower_store_is_not_asked_to_load():
-    stage = Stage(rate=BLOCK_BYTES)  # a block in 1 s; all 64 are computed in as much
+# Nothing would come in time; all of it much later than it is computed.
+@pytest.mark.parametrize("rate", [BLOCK_BYTES, BLOCK_BYTES * COMPUTE / P / 8])
+def test_a_much_slower_store_is_only_measured_now_and_then(rate: float):
+    stage, shift = Stage(rate=rate), 0
+
+    def asked() -> bool:
+        nonlocal shift
+        shift += 10_000
+        s = stage.admit(first=shift)
+        stage.found(64)
+        loads = stage.plan().loads
+        assert stage.compute(s, 512) == 512, "and nobody waits for it"
+        stage.end(s)
+        return bool(loads)
+
+    assert [asked() for _ in range(3)] == [True, False, False]
+    stage.clock.now += PROBE_S
+    assert [asked() for _ in range(3)] == [True, False, False]
+    stage.port.faster(1.5)
+    assert [asked() for _ in range(3)] == [True, False, False], "it got better: it may be still better"
+    stage.port.faster(1000.0)
+    assert [asked_and_waited(stage, 10_000 * (20 + i)) for i in range(2)] == [True, True]
+
+
+def test_a_store_that_answers_late_is_asked_now_and_then():
+    stage = Stage()
     s = stage.admit()
+    spared = (s.left - 1) / COMPUTE
+    stage.end(s)
+    stage.port.searches.clear()
+
+    def asked(first: int) -> bool:
+        s = stage.admit(first=first)
+        if found := bool(stage.port.searches):
+            assert stage.compute(s, 512) == 512, "and nobody waits for its answer"
+            stage.port.searches.clear()
+        stage.end(s)
+        return found
+
+    stage.port.latency = spared
+    assert [asked(i) for i in (10_000, 20_000, 30_000)] == [True, False, False]
+    stage.clock.now += PROBE_S
+    assert [asked(i) for i in (40_000, 50_000)] == [True, False]
+    stage.port.latency = spared * 0.6
+    assert [asked(i) for i in (60_000, 70_000)] == [True, False], "it got better: it may be still better"
+
+
+def asked_and_waited(stage: Stage, shift: int) -> bool:
+    s = stage.admit(first=shift)
     stage.found(64)
-    assert s.load is None
-    assert stage.plan().loads == []
-    assert stage.compute(s, 512) == 512
+    asked, rows = bool(stage.plan().loads), stage.compute(s, 512)
+    stage.end(s)
+    return asked and rows == 0
+
+
+def test_what_host_memory_has_comes_however_slow_the_store_is():
+    stage = Stage(rate=1.0)
+    stage.port.in_host = Everything()
+    s = stage.admit()
+    assert s.load is not None
+    assert len(stage.plan().loads) == 1
     stage.end(s)
 
 

@@ -112,7 +112,7 @@ def test_an_exchange_that_nobody_finished_harms_no_later_one(mixture: Path, want
         assert runner.experts is not None
         x, ids = torch.ones(500, 32), torch.arange(1000, dtype=torch.int32).view(500, 2) % 8
         for _ in range(3):
-            RemoteExperts(runner.experts, 1, 8).start(x, ids)
+            RemoteExperts(runner.experts, 1).start(x, ids)
         assert torch.equal(step(runner), want)
         assert runner.experts.report().lost == ()
         runner.close()
@@ -144,14 +144,14 @@ def test_a_new_placement_takes_effect_between_steps_and_hosts_come_and_go(mixtur
         assert dispatcher is not None
         assert torch.equal(step(runner), want)
         x, ids, weights = torch.ones(1, 32), torch.tensor([[3, 4]], dtype=torch.int32), torch.ones(1, 2)
-        finish = RemoteExperts(dispatcher, 0, 8).start(x, ids)
+        finish = RemoteExperts(dispatcher, 0).start(x, ids)
         dispatcher.offer(HostsView(2, three, tuple(h.address for h in hosts)))
         assert dispatcher.report().version == 1, "an exchange is under way"
         finish(weights)
         assert dispatcher.report().version == 1, "a step is under way"
-        RemoteExperts(dispatcher, 1, 8)(x, ids, weights)
+        RemoteExperts(dispatcher, 1)(x, ids, weights)
         assert dispatcher.report().version == 1
-        RemoteExperts(dispatcher, 2, 8)(x, ids, weights)
+        RemoteExperts(dispatcher, 2)(x, ids, weights)
         assert dispatcher.report().version == 2
         assert torch.equal(step(runner), want)
         assert sum(map(sum, hosts[2].report().rows)) > 0

@@ -66,8 +66,10 @@ template <class F> void each_chosen(const std::vector<Linear *> &linears, const 
     });
 }
 
+// Slot s takes row rows[s] of x, or row s / k where `rows` is null.
 template <class T>
-bool run(const Experts &experts, const void *x, long x_stride, void *y, long y_stride, const std::int32_t *ids, const float *weights, long t, long k) {
+bool run(const Experts &experts, const void *x, long x_stride, const std::int32_t *rows, void *y, long y_stride, const std::int32_t *ids,
+         const float *weights, long t, long k) {
     const Linear &first = *experts.gate[0];
     const long h = first.k, f = first.n, slots = t * k;
     if (slots == 0) return true;
@@ -79,8 +81,10 @@ bool run(const Experts &experts, const void *x, long x_stride, void *y, long y_s
     char *gate = input + padded(slots * row_h), *up = gate + padded(slots * row_f), *output = up + padded(slots * row_f);
     const Order order(ids, slots, static_cast<long>(experts.gate.size()));
     parallel(slots, 64, [&](long begin, long end) {
-        for (long s = begin; s < end; s++)
-            std::memcpy(input + order.place[s] * row_h, static_cast<const T *>(x) + s / k * x_stride, static_cast<std::size_t>(row_h));
+        for (long s = begin; s < end; s++) {
+            const long row = rows ? rows[s] : s / k;
+            std::memcpy(input + order.place[s] * row_h, static_cast<const T *>(x) + row * x_stride, static_cast<std::size_t>(row_h));
+        }
     });
     const Kernels &kernels = kernels_of(first);
     each_chosen(experts.gate, order, [&](long e, long begin, long end) {
@@ -97,9 +101,9 @@ bool run(const Experts &experts, const void *x, long x_stride, void *y, long y_s
     });
     parallel(t, 16, [&](long begin, long end) {
         for (long i = begin; i < end; i++) {
-            const T *rows = reinterpret_cast<const T *>(output);
+            const T *computed = reinterpret_cast<const T *>(output);
             const long *place = &order.place[i * k];
-            add_slots([&](long j) { return rows + place[j] * h; }, static_cast<T *>(y) + i * y_stride, weights + i * k, k, h);
+            add_slots([&](long j) { return computed + place[j] * h; }, static_cast<T *>(y) + i * y_stride, weights + i * k, k, h);
         }
     });
     return true;
@@ -131,7 +135,20 @@ extern "C" int understudy_experts(const Experts *experts, const void *x, long x_
     if (std::any_of(ids, ids + t * k, [&](std::int32_t id) { return id < 0 || id >= count; })) return 1;
     const Dtype dtype = experts->gate[0]->dtype;
     const auto function = dtype == FLOAT32 ? run<float> : dtype == BFLOAT16 ? run<bf16> : run<fp16>;
-    return function(*experts, x, x_stride, y, y_stride, ids, weights, t, k) ? 0 : 2;
+    return function(*experts, x, x_stride, nullptr, y, y_stride, ids, weights, t, k) ? 0 : 2;
+}
+
+// y [slots, H]: expert ids[s] of row rows[s] of x [t, H], as understudy_experts has it for k = 1 and the weight 1. 0; 1: an id names no
+// expert; 2: no memory; 3: there is no such row.
+extern "C" int understudy_expert_slots(const Experts *experts, const void *x, long x_stride, long t, const std::int32_t *rows,
+                                       const std::int32_t *ids, void *y, long y_stride, long slots) {
+    const auto count = static_cast<std::int32_t>(experts->gate.size());
+    if (std::any_of(ids, ids + slots, [&](std::int32_t id) { return id < 0 || id >= count; })) return 1;
+    if (std::any_of(rows, rows + slots, [&](std::int32_t row) { return row < 0 || row >= t; })) return 3;
+    const std::vector<float> ones(static_cast<std::size_t>(slots), 1.0f);
+    const Dtype dtype = experts->gate[0]->dtype;
+    const auto function = dtype == FLOAT32 ? run<float> : dtype == BFLOAT16 ? run<bf16> : run<fp16>;
+    return function(*experts, x, x_stride, rows, y, y_stride, ids, ones.data(), slots, 1) ? 0 : 2;
 }
 
 // slots [t, k, H], weights [t, k], y [t, H]: what understudy_experts does with the outputs of the chosen experts.
