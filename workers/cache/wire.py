@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import struct
 from collections.abc import Sequence
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
@@ -27,6 +28,7 @@ class Wire:
         connection.connect()
         self._connection = connection
         self._socket: socket.socket = connection._sock
+        self._timeout_s = _wait_in_the_kernel(self._socket)
         self._buffer = bytearray(512)
         self._view = memoryview(self._buffer)
         self._begin = self._end = 0
@@ -55,7 +57,10 @@ class Wire:
                 self._socket.sendall(part)
             return
         while parts:
-            sent = self._socket.sendmsg(parts[:_IOV])
+            try:
+                sent = self._socket.sendmsg(parts[:_IOV])
+            except BlockingIOError:
+                raise self._silent() from None
             while parts and sent >= len(parts[0]):
                 sent -= len(parts.pop(0))
             if sent:
@@ -136,10 +141,28 @@ class Wire:
             size -= len(part)
 
     def _receive(self, place: memoryview) -> int:
-        count = self._socket.recv_into(place)
+        try:
+            count = self._socket.recv_into(place)
+        except BlockingIOError:
+            raise self._silent() from None
         if not count:
             raise StoreError("Redis closed the connection")
         return count
+
+    def _silent(self) -> StoreError:
+        return StoreError(f"Redis let no byte through for {self._timeout_s:g} s")
+
+
+def _wait_in_the_kernel(sock: socket.socket) -> float:
+    """Leaves a socket's timeout to the kernel: Python's own asks before every read whether there is something, and
+    gives its lock away twice. In seconds; 0: none."""
+    timeout_s = sock.gettimeout()
+    if timeout_s and not isinstance(sock, ssl.SSLSocket):
+        value = struct.pack("@ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+        sock.settimeout(None)
+    return timeout_s or 0.0
 
 
 class ReplyError(Exception):
