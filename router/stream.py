@@ -109,6 +109,7 @@ class Stream:
         self._family = self._id if len(self._sequences) > 1 else ""
         self._buffered = max(owner.patience.buffered_tokens // max(len(self._sequences), 1), 32)
         self._excluded: list[tuple[str, int]] = []
+        self._blamed: set[tuple[str, int]] = set()  # lives that count in `_suspicion`
         self._suspicion = Suspicion()
         self._placing: asyncio.Task[None] | None = None
         self._placed = False
@@ -323,7 +324,9 @@ class Stream:
             self._trace.lost(attempt.id, place.to.replica, attempt.lost or "")
         life = (place.to.replica, place.to.epoch)
         first = life not in self._excluded  # once for all the sequences that it held
-        if first and attempt.crowd:
+        again = place.link.lost is not None and life in self._blamed  # its end was seen already, as a step that failed
+        if first and attempt.crowd and not again:
+            self._blamed.add(life)
             self._suspicion.fell(attempt.crowd, apart=not is_local(place.to.lease))
         self._leave(sequence)
         if self._suspicion.guilty:

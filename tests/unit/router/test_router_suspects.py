@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections import defaultdict
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -212,3 +213,21 @@ async def test_nobody_is_refused_for_what_happened_without_a_router(stage: Stage
     assert refusal[2].reason == "INTERNAL"
     assert [a.ids for a in answers] == [a.ids for a in expected]
     assert mortal.deaths >= deaths + 2, "what it was alone for while nobody kept others away does not count"
+
+
+async def test_the_end_of_a_life_counts_once(stage: Stage) -> None:
+    """A rank is lost: a step fails, the request comes back to the only replica there is, and that one is ended."""
+    gate = stage.gate()
+    engine: Any = stage.add_replica("r0", sleep=gate, step_s=0.001).engine
+    await stage.open()
+    asking = asyncio.ensure_future(stage.generate(request_of("good")))
+    await until(lambda: engine._running)
+    (first,) = engine._running
+    engine.fail_sequence(first, "the group broke")
+    gate.let(1)
+    await until(lambda: engine._running and first not in engine._running)
+    stage.replicas["r0"].kill()
+    gate.open()
+    stage.add_replica("r0", epoch=2)
+    answer = await asking
+    assert (answer.reason, len(answer.ids)) == ("LENGTH", LENGTH)
