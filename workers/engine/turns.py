@@ -30,9 +30,9 @@ W = TypeVar("W", bound=Waiter)
 class Turns:
     """Counts who is overtaken.
 
-    Under load that never ends, a sequence of the lowest priority that is the oldest of those waiting is admitted after
-    at most `SHARE` others, or as many as have `SHARE` times its tokens. So the k-th of them waits for about k times as
-    many, and the others lose at most one part in `SHARE` of the engine.
+    Under load that never ends, whoever has waited longest is admitted after `SHARE` - 1 others, or after as many as
+    have so many times its tokens, where that is more. So the k-th of a low class waits for about k times as many, and
+    the others lose at most one part in `SHARE` of the engine.
     """
 
     def __init__(self) -> None:

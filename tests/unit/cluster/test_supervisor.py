@@ -225,14 +225,19 @@ async def test_a_leader_that_fails_while_it_drains_is_killed_and_its_place_is_fr
     await port.inner.stop()
 
 
-async def test_the_last_of_its_kind_waits_until_its_streams_have_ended() -> None:
-    engine = FakeEngine(step_s=0.001, max_context=10**6)
+async def last_of_its_kind(step_s: float) -> tuple[Supervisor, Link, FakeEngine, EngineLoop]:
+    engine = FakeEngine(step_s=step_s, max_context=10**6)
     port, link = Port(leader(lambda _c, _p: engine)), Link()
     link.others = False
     supervisor = supervise(port, link)
     await supervisor.start()
     loop = port.inner._loop
     assert loop is not None
+    return supervisor, link, engine, loop
+
+
+async def test_the_last_of_its_kind_waits_until_its_streams_have_ended() -> None:
+    supervisor, _, engine, loop = await last_of_its_kind(0.001)
     made: list[int] = []
     loop.attach(lambda step: made.extend(t for o in step.outputs for t in o.token_ids)).submit(Request("a", [1], 300))
     assert await supervisor.leave(0.0, last_s=3600.0)
@@ -245,13 +250,7 @@ async def test_the_last_of_its_kind_waits_no_longer_than_it_may_or_has_to(
     last_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cluster.supervisor._LOOK_S", 0.01)
-    engine = FakeEngine(step_s=0.01, max_context=10**6)
-    port, link = Port(leader(lambda _c, _p: engine)), Link()
-    link.others = False
-    supervisor = supervise(port, link)
-    await supervisor.start()
-    loop = port.inner._loop
-    assert loop is not None
+    supervisor, link, engine, loop = await last_of_its_kind(0.01)
     loop.attach(lambda _: None).submit(Request("a", [1], 900_000))
     leaving = asyncio.create_task(supervisor.leave(0.0, last_s))
     if last_s > 1:
