@@ -15,7 +15,7 @@ from understudy import FinishReason, Retry
 from understudy.testing import FakeServer
 
 TEXT = "Zwölf 🎭 Boxkämpfer jagen Viktor über den großen Sylter Deich. " * 3
-PATIENT = Retry(attempts=100, first_delay_s=0.001, max_delay_s=0.01, resume_attempts=100)
+PATIENT = Retry(attempts=10_000, first_delay_s=0.001, max_delay_s=0.02, resume_attempts=10_000)
 
 
 class CuttingProxy:
