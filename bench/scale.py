@@ -3,10 +3,10 @@
     python bench/scale.py                       # 1 client, 64, 1 again; writes bench/results/scale.md, .json, .svg
 
 A Ray cluster of its own whose head has one CPU; every further node has one, and comes when something that needs a CPU
-finds none: Ray's autoscaler with its fake provider, whose nodes are processes of this machine. (Ray's
-`cluster_utils.AutoscalingCluster` is the same, but ends every other Ray of the machine when it starts.) While it runs,
-whoever reaches this machine's address reaches that Ray. The service
-joins it; each of its replicas needs one CPU. Its engine computes nothing and takes the time of `--rows` rows a second.
+finds none: Ray's autoscaler, by `ray.cluster_utils.AutoscalingCluster`, whose nodes are processes of this machine. That
+ends every other Ray of the machine when it starts: the bench refuses where there is one. While it runs, whoever reaches
+this machine's address reaches that Ray. The service joins it; each of its replicas needs one CPU. Its engine computes
+nothing and takes the time of `--rows` rows a second.
 
 Every client asks for one of a few answers again and again and compares it with what it was before the load came:
 nothing may be lost or differ, on the way down neither. Every half second the operators' view is written down.
@@ -22,33 +22,23 @@ import asyncio
 import json
 import os
 import platform
-import secrets
-import shutil
 import signal
 import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from a_service import service
 from chart import Panel, Series, chart
-
-from cluster import undertaker
+from ray_nodes import ray_with_nodes
 
 ROOT = Path(__file__).resolve().parent.parent
-BIN = Path(sys.executable).parent
 PROMPTS, PROMPT, OUT = 8, 64, 96
 EVERY_S = 0.5
-# Ray's provider whose nodes are processes of this machine, and what it calls the head.
-PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
-HEAD, HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"
 WARM_UP_TOKENS = 2  # what a replica makes before it is ready
 
 
@@ -56,55 +46,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-@contextmanager
-def ray_with_nodes(most: int, idle_minutes: float) -> Iterator[str]:
-    """A Ray head whose autoscaler adds up to `most` nodes of one CPU; its address."""
-    place, mark, port = Path(tempfile.mkdtemp(prefix="scale-")), secrets.token_hex(16), free_port()
-    os.environ[undertaker.MARK] = mark
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.pop("RAY_AUTH_TOKEN", None)  # Ray then keeps one for this user, which all of its commands find
-    os.environ.setdefault("RAY_worker_niceness", "0")
-
-    import ray  # which reads the environment
-
-    ip = ray.util.get_node_ip_address()  # Ray takes no other for its own
-    address = f"{ip}:{port}"
-    node = {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": most}
-    config = {
-        "cluster_name": "scale",
-        "max_workers": most,
-        "upscaling_speed": 10.0,
-        "idle_timeout_minutes": idle_minutes,
-        "provider": {"type": "external", "module": PROVIDER, "gcs_address": address, "head_node_id": HEAD}
-        | {"launch_multiple": True},
-        "available_node_types": {
-            HEAD_TYPE: {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
-            "worker": node,
-        },
-        "head_node_type": HEAD_TYPE,
-        "auth": {}, "docker": {}, "file_mounts": {}, "cluster_synced_files": [], "initialization_commands": [],
-        "setup_commands": [], "head_setup_commands": [], "worker_setup_commands": [], "head_start_ray_commands": [],
-        "worker_start_ray_commands": [],
-    }  # fmt: skip
-    file = place / "autoscaler.json"
-    file.write_text(json.dumps(config))
-    environment = os.environ | {
-        "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1",
-        "RAY_CLOUD_INSTANCE_ID": HEAD, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD, "RAY_NODE_TYPE_NAME": HEAD_TYPE,
-    }  # fmt: skip
-    ports = {"port": port, "ray-client-server-port": free_port(), "dashboard-agent-listen-port": 0}
-    ports |= {"min-worker-port": 0, "max-worker-port": 0}
-    command = [str(BIN / "ray"), "start", "--head", "--num-cpus=1", f"--autoscaling-config={file}"]
-    command += [f"--node-ip-address={ip}", "--include-dashboard=false", "--object-store-memory=100000000"]
-    command += [f"--temp-dir={place}", *(f"--{k}={v}" for k, v in ports.items())]
-    try:
-        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-        yield address
-    finally:
-        undertaker.bury(mark, place, 2.0)
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def flags(address: str, arguments: argparse.Namespace) -> list[str]:
