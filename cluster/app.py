@@ -72,7 +72,8 @@ def settled(models: Iterable[str]) -> dict[str, bool]:
     """Of these models those for which Serve has done what it was told, and whether that went well."""
     from ray import serve
 
-    states = {m: serve.status().applications.get(application_of(m)) for m in models}
+    applications = serve.status().applications
+    states = {m: applications.get(application_of(m)) for m in models}
     return {m: s.status == "RUNNING" for m, s in states.items() if s is not None and s.status in _SETTLED}
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +45,17 @@ class LocalRay:
 
         import ray  # which reads the environment when it is imported
 
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            namespace=NAMESPACE,
-            object_store_memory=128 << 20,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=str(self.directory),
-            **_logging(verbose),
-        )
+        with _agent_on_any_port():
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                namespace=NAMESPACE,
+                object_store_memory=128 << 20,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(self.directory),
+                **_logging(verbose),
+            )
 
     def stop(self) -> int:
         """Ends every process, keeps the logs, removes the directory. How many processes had to be killed."""
@@ -95,6 +99,20 @@ def join(address: str, verbose: bool) -> None:
             f"--ray-address = {address!r}: no Ray cluster can be joined there: {why}; start one with "
             "`ray start --head`, or leave the flag out for one of our own"
         ) from error
+
+
+@contextmanager
+def _agent_on_any_port() -> Iterator[None]:
+    """`ray.init` has no word for the port of the node's agent, as `ray start` has. A start waits in vain for the usual
+    one, 3.4 s, where another Ray has it already."""
+    from ray._private import parameter
+
+    usual = parameter.RayParams
+    parameter.RayParams = functools.partial(usual, dashboard_agent_listen_port=0)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        parameter.RayParams = usual  # type: ignore[misc]
 
 
 def _logging(verbose: bool) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from workers.model.config import read_spec
 log = logging.getLogger(__name__)
 
 Reload = Callable[[], ServiceConfig]
-_POLL_S = 0.2
+_POLL_S = 0.5  # see `cluster.serve`
 
 
 class Renewal:

@@ -34,6 +34,7 @@ from understudy.errors import FROM_KIND, ConfigError, InternalError, UnderstudyE
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.1
+_CHECK_S = 2.0  # asking Serve for its status costs its controller and us some hundredths of a second
 _KEPT_RUNS = 10  # directories of logs
 
 
@@ -133,6 +134,7 @@ def _ray(config: ServiceConfig, logs: Path, console: Console, signals: Signals) 
 def _start(plan: Plan, directory: Directory, console: Console, signals: Signals) -> None:
     """Deploys and waits until a token can be had. Raises UnderstudyError where that will not come."""
     app.deploy(plan)
+    looked = time.monotonic()
     while True:
         signals.check()
         try:
@@ -144,7 +146,9 @@ def _start(plan: Plan, directory: Directory, console: Console, signals: Signals)
         raise_failure(members)
         if all_ready(members, plan):
             break
-        app.check(plan)
+        if time.monotonic() - looked > _CHECK_S:
+            app.check(plan)
+            looked = time.monotonic()
         console.stage(*progress_of(members))
         time.sleep(_POLL_S)
     config = plan.gateway.config
