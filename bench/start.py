@@ -3,8 +3,9 @@
     python bench/start.py                        # writes bench/results/start.md, .json
 
 Every start is a process of its own, as it is in a service, without Ray. `cold` starts find none of the checkpoint in
-the page cache: the kernel was asked to drop it, and `mincore` says how much it kept. `ahead`: the weights are read
-while torch is imported, as a service does.
+the page cache: the kernel was asked to drop it, and `mincore` says how much it kept. `unbuilt`: nor the library of
+kernels. A service reads the weights and builds the kernels while torch is imported, and prepares formats while weights
+come; `in turn`: it does not. `first format`: from then on, an answer of one token that is held to JSON.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-WAYS = ("warm", "cold", "cold, ahead")
+WAYS = ("warm, in turn", "warm", "cold, in turn", "cold", "unbuilt, in turn", "unbuilt")
 
 
 def drop(directory: Path) -> float:
@@ -46,51 +48,75 @@ def drop(directory: Path) -> float:
     return kept / pages if pages else 0.0
 
 
+def nothing_ahead() -> None:
+    """From here on everything of a start is done in turn."""
+    from workers.grammar.formats import CheckpointFormats
+    from workers.kernels import build
+    from workers.model import ahead
+
+    ahead.read_ahead = lambda _directory: None
+    for place, name in ((build, "build_ahead"), (CheckpointFormats, "prepare")):
+        setattr(place, name, lambda *_: None)
+
+
 def child(checkpoint: str, ahead: bool, ordered: float) -> None:
     """Starts a leader, says how long that took, and stops it."""
     from cluster.wire import LeaderServer
     from workers.actors import Leader, build_real_engine
     from workers.engine import EngineConfig
-    from workers.model import ahead as reading
+    from workers.engine.contract import Grammar, Request
+    from workers.engine.loop import EngineLoop
 
     if not ahead:
-        reading.read_ahead = lambda _directory: None
+        nothing_ahead()
+
+    async def first_format(loop: EngineLoop) -> float:
+        begun, ended = time.monotonic(), asyncio.Event()
+        here = asyncio.get_running_loop()
+        with loop.attach(lambda output: output.outputs and here.call_soon_threadsafe(ended.set)) as session:
+            session.submit(Request("format", [0, 0, 0], 1, grammar=Grammar("json")))
+            await ended.wait()
+        return time.monotonic() - begun
+
     wire = lambda loop: LeaderServer(loop, replica="m-0", epoch=1, secret="s")  # noqa: E731
 
-    async def start() -> Any:
+    async def start() -> tuple[Any, float]:
         leader = Leader(EngineConfig(checkpoint, name="m"), build_real_engine, wire, ordered=ordered)
         report = await leader.start()
+        took = await first_format(leader._loop) if leader._loop is not None else 0.0
         await leader.stop()
-        return report
+        return report, took
 
-    report = asyncio.run(start())
+    report, took = asyncio.run(start())
     if report.cold_start is None:
         raise SystemExit(f"it did not start: {report.error}")
     parts = {name: getattr(report.cold_start, name) for name in report.cold_start.__struct_fields__}
-    print(json.dumps(parts | {"total_s": report.cold_start.total_s}))
+    print(json.dumps(parts | {"total_s": report.cold_start.total_s, "format_s": took}))
 
 
 def one(checkpoint: Path, way: str) -> dict[str, float]:
     """One start in a process of its own."""
-    kept = drop(checkpoint) if way != "warm" else 1.0
-    command = [sys.executable, __file__, "--child", str(time.time()), "--checkpoint", str(checkpoint)]
-    done = subprocess.run(
-        [*command, *(["--ahead"] if way != "cold" else [])], check=True, stdout=subprocess.PIPE, text=True
-    )
+    kept = drop(checkpoint) if way.startswith("cold") else 1.0
+    with tempfile.TemporaryDirectory() as empty:
+        unbuilt = {"UNDERSTUDY_CACHE": empty} if way.startswith("unbuilt") else {}
+        command = [sys.executable, __file__, "--child", str(time.time()), "--checkpoint", str(checkpoint)]
+        command += [] if way.endswith("in turn") else ["--ahead"]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | unbuilt)
     told: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return told | {"kept": kept}
 
 
 def table(results: dict[str, list[dict[str, float]]], size: int, machine: str, name: str) -> str:
-    parts = ("process_s", "imports_s", "weights_s", "engine_s", "warm_up_s", "total_s")
+    parts = ("process_s", "imports_s", "weights_s", "engine_s", "warm_up_s", "total_s", "format_s")
     lines = [
         f"# Starts of {name}",
         "",
         f"On {machine}. {size / 1e6:,.0f} MB of weights; medians of {len(results['warm'])} starts, seconds; "
         "see `bench/start.py`.",
         "",
-        "| | process | imports | weights, read and packed | rest of the engine | first tokens | total | in the cache |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| | process | imports | weights, read and packed | rest of the engine | first tokens | total | first format "
+        "| in the cache |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for way, starts in results.items():
         medians = [statistics.median(s[p] for s in starts) for p in parts]

@@ -108,11 +108,20 @@ def build_real_engine(config: EngineConfig, progress: Progress, group: Group | N
     from workers.model.ahead import read_ahead
 
     read_ahead(Path(config.model_dir))
-    import workers.engine.runner  # noqa: F401  -- takes seconds, in which the weights come from the disk
+    _kernels_ahead(config)
+    import workers.engine.runner  # noqa: F401  -- takes seconds, in which weights and kernels come
     from workers.engine.build import build_engine
 
     progress(0, 1)
     return build_engine(config, progress, group)
+
+
+def _kernels_ahead(config: EngineConfig) -> None:
+    """Where torch takes seconds to import, building the kernels takes its turn beside it."""
+    if config.device == "cpu" and config.kernels in ("auto", "native"):
+        from workers.kernels.build import build_ahead
+
+        build_ahead()
 
 
 class Leader:
@@ -303,6 +312,7 @@ class Rank:
         return RankReport(self._stage, os.getpid(), kind, said)
 
     def _load(self, meeting: Meeting) -> Any:
+        _kernels_ahead(self._config)
         from workers.engine.build import build_rank
 
         self._group = join(meeting, self._rank, self._config.device)

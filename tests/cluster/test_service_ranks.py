@@ -84,7 +84,8 @@ def two_nodes() -> Iterator[str]:
     """The address of a Ray cluster of two nodes with one CPU each, in processes of their own."""
     code = (
         "from ray.cluster_utils import Cluster; import sys\n"
-        "c = Cluster(); args = dict(include_dashboard=False, object_store_memory=100 << 20)\n"
+        "args = dict(include_dashboard=False, object_store_memory=100 << 20, dashboard_agent_listen_port=0)\n"
+        "c = Cluster()\n"
         "c.add_node(num_cpus=1, **args); c.add_node(num_cpus=1, **args)\n"
         "print(c.address, flush=True); sys.stdin.read(); c.shutdown()"
     )

@@ -63,7 +63,7 @@ class _Tokenizer:
 
 class TokenFormats:
     """Opens matchers over one vocabulary. Thread-safe. What it needs beyond the tokens' bytes is built at first use
-    (for 150,000 tokens about half a second)."""
+    (for 150,000 tokens about half a second), or by `prepare`."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
@@ -90,6 +90,11 @@ class TokenFormats:
             return matcher
         before = self.open(Grammar("calls", thought.grammar)) if thought.grammar else None
         return AfterThought(matcher, thought, self._vocabulary, before)
+
+    def prepare(self) -> None:
+        """Builds what every grammar needs."""
+        self._library_tokenizer()
+        _ = self._vocabulary.spoken
 
     def _library_tokenizer(self) -> llguidance.LLTokenizer:
         with self._lock:
@@ -177,7 +182,8 @@ def _reason(error: str, kind: str) -> str:
 
 
 class CheckpointFormats:
-    """Formats over the vocabulary of a checkpoint, which is read when the first grammar comes. Thread-safe."""
+    """Formats over the vocabulary of a checkpoint, which is read when the first grammar comes, or by `prepare`.
+    Thread-safe."""
 
     def __init__(self, model_dir: Path, vocab_size: int) -> None:
         self._dir = model_dir
@@ -187,10 +193,25 @@ class CheckpointFormats:
 
     def open(self, grammar: Grammar) -> Matcher:
         """See `TokenFormats.open`. Raises InvalidRequest too where this checkpoint cannot hold any grammar."""
+        return self._of_vocabulary().open(grammar)
+
+    def prepare(self) -> threading.Thread:
+        """Reads and builds all that a first grammar would wait for, in a thread of its own."""
+        thread = threading.Thread(target=self._prepare, name="formats", daemon=True)
+        thread.start()
+        return thread
+
+    def _prepare(self) -> None:
+        try:
+            self._of_vocabulary().prepare()
+        except Exception as error:  # whoever brings a grammar is told
+            log.debug("no answer of this model can be held to a format: %s", error)
+
+    def _of_vocabulary(self) -> TokenFormats:
         with self._lock:
             if self._formats is None:
                 self._formats = TokenFormats(self._vocabulary())
-        return self._formats.open(grammar)
+            return self._formats
 
     def _vocabulary(self) -> Vocabulary:
         files = {n: (self._dir / n).read_bytes() for n in VOCABULARY_FILES if (self._dir / n).is_file()}

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -93,6 +94,18 @@ def build() -> Library:
             if not path.exists():
                 _compile(compiler, path)
     return Library(path, key, version)
+
+
+def build_ahead() -> threading.Thread:
+    """Begins to build, or to find, the library in a thread of its own. Whoever loads it waits, or hears what failed."""
+
+    def attempt() -> None:
+        with suppress(BuildError):
+            build()
+
+    thread = threading.Thread(target=attempt, name="kernels", daemon=True)
+    thread.start()
+    return thread
 
 
 def load() -> tuple[ctypes.CDLL, Library]:

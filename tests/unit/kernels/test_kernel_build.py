@@ -49,6 +49,19 @@ def test_a_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [p.name for p in first.path.parent.iterdir()] == [first.path.name]  # nothing left beside it
 
 
+def test_a_build_ahead_is_the_one_that_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = install(tmp_path, monkeypatch)
+    build.build_ahead().join(60)
+    calls = compiled(log)
+    assert calls
+    build.build()
+    assert compiled(log) == calls
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    build.build_ahead().join(60)  # whoever loads the library is told
+    with pytest.raises(build.BuildError, match="no-such-compiler"):
+        build.build()
+
+
 def test_another_source_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch)
     sources = tmp_path / "src"
