@@ -36,7 +36,7 @@ serve: $(READY)
 
 # What needs no service of its own runs in as many processes as there are cores; the others one after the other. The
 # kernels are built first, so that the processes do not all build them.
-ALONE := tests/cluster tests/chaos
+ALONE := tests/chaos tests/cluster
 test: $(READY)
 ifeq ($(strip $(ARGS)),)
 	@$(BIN)/python -c 'from workers.kernels.build import build; build()' 2>/dev/null || true

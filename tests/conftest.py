@@ -30,6 +30,16 @@ def oracles() -> Path:
 
 
 @pytest.fixture(scope="session")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """stories260K where the oracles are there, else a tiny random Llama that speaks bytes."""
+    from service_process import make_tiny_llama
+
+    oracles = Path(os.environ.get("UNDERSTUDY_ORACLES", ROOT.parent / "shared" / "oracles"))
+    stories = oracles / "weights" / "stories260K-hf"
+    return stories if stories.is_dir() else make_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The bundled checkpoint."""
     return ROOT / "models" / "demo"

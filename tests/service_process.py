@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,12 @@ READY_S = 180
 class Service:
     """`understudy serve` with flags; ports are free ones unless said otherwise. Use `running`."""
 
-    def __init__(self, logs: Path, flags: list[str]) -> None:
+    def __init__(self, logs: Path, flags: list[str], environment: Mapping[str, str]) -> None:
         self.address = ""
         self.output: list[str] = []
         self._logs = logs
         self._flags = flags
+        self._environment = environment
         self.ports = {"admin": _free_port(), "metrics": _free_port()}
         self.process: subprocess.Popen[str] = self._start()
 
@@ -46,7 +47,7 @@ class Service:
         ports = ["--port", "0", "--admin-port", str(self.ports["admin"]), "--metrics-port", str(self.ports["metrics"])]
         # Logs of its own; kernels that every service shares, for building them takes longer than most tests.
         environment = {"UNDERSTUDY_CACHE": str(cache_dir().parent)} | os.environ
-        environment |= {"XDG_CACHE_HOME": str(self._logs), "COLUMNS": "200"}
+        environment |= {"XDG_CACHE_HOME": str(self._logs), "COLUMNS": "200"} | dict(self._environment)
         return subprocess.Popen(
             [UNDERSTUDY, "serve", *ports, *self._flags],
             stdout=subprocess.PIPE,
@@ -102,8 +103,7 @@ class Service:
         assert self.process.stdout is not None
         said = self.process.stdout.read().splitlines()
         assert self.process.wait(60) == 0, said
-        left = [p for p in started if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-        assert left == []
+        assert alive(started) == []
         assert not self.directory.exists()
         return said
 
@@ -118,9 +118,9 @@ class Service:
 
 
 @contextmanager
-def running(logs: Path, flags: list[str]) -> Iterator[Service]:
+def running(logs: Path, flags: list[str], environment: Mapping[str, str] | None = None) -> Iterator[Service]:
     """A service from its start until the block ends; killed where that ends badly."""
-    service = Service(logs, flags)
+    service = Service(logs, flags, environment or {})
     try:
         yield service
     finally:
@@ -137,6 +137,11 @@ def until(predicate: Callable[[], object], seconds: float = 60.0) -> None:
     while not predicate():
         assert time.monotonic() < end, f"not within {seconds} s"
         time.sleep(0.05)
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that have not ended."""
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def idle(status: admin_pb2.GetStatusResponse) -> bool:

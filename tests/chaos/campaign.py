@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from faults import Director, Fault, memory_of, missing
+from faults import KINDS, Director, Fault, memory_of, missing
 from service_process import Service
 from streams import NOTED_S, RETRY, Cast, Gap, Tally, parts
 
@@ -49,7 +49,7 @@ AFTER_S = 3.0  # by then a silent replica counts as lost
 
 def run(
     service: Service, wanted: Mapping[str, int], demo: str, *, faults: int, streams: int, seed: int,
-    say: Callable[[str], None] = lambda _text: None,
+    kinds: Sequence[str] = KINDS, say: Callable[[str], None] = lambda _text: None,
 ) -> Outcome:  # fmt: skip
     """Learns what is right, then plays with faults until there were enough. Raises AssertionError where the service
     does not get over one."""
@@ -57,7 +57,7 @@ def run(
     cast = Cast(lambda: Client(service.address, retry=RETRY), parts("text", others, demo), streams, seed)
     cast.learn()
     say(f"{len(cast.expected)} answers learned")
-    director, result = Director(service, seed), Outcome(tally=cast.tally)
+    director, result = Director(service, seed, kinds=kinds), Outcome(tally=cast.tally)
     begun = time.monotonic()
     cast.start()
     for number in range(1, faults + 1):

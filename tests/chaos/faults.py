@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -62,11 +62,13 @@ def _title(process: psutil.Process) -> str:
 
 
 class Director:
-    """Draws what happens next, every kind as often as the others; one fault in `pairs_every` is of two processes at
-    once, one in `stops_every` stops a process and lets it go on."""
+    """Draws what happens next, each of `kinds` as often as the others; one fault in `pairs_every` is of two processes
+    at once, one in `stops_every` stops a process and lets it go on."""
 
-    def __init__(self, service: Service, seed: int, *, pairs_every: int = 6, stops_every: int = 5) -> None:
-        self._service, self._dice = service, random.Random(seed)
+    def __init__(
+        self, service: Service, seed: int, *, kinds: Sequence[str] = KINDS, pairs_every: int = 6, stops_every: int = 5
+    ) -> None:
+        self._service, self._dice, self._all = service, random.Random(seed), kinds
         self._pairs_every, self._stops_every = pairs_every, stops_every
         self._count = 0
         self._kinds: list[str] = []
@@ -93,7 +95,7 @@ class Director:
         present = {t.kind for t in here}
         while True:
             if not self._kinds:
-                self._kinds = self._dice.sample(KINDS, len(KINDS))
+                self._kinds = self._dice.sample(self._all, len(self._all))
             kind = self._kinds.pop()
             if kind in present:
                 return self._dice.choice([t for t in here if t.kind == kind])

@@ -6,11 +6,9 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from service_process import UNDERSTUDY, Service, idle, running, until
+from service_process import UNDERSTUDY, Service, until
 
 from understudy.client import Client
 from understudy.v1 import admin_pb2
@@ -18,23 +16,17 @@ from understudy.v1 import admin_pb2
 PROMPT = "The capital of France is"
 
 
-def answer(client: Client, tokens: int = 150) -> tuple[int, ...]:
-    done = client.complete(
-        PROMPT, model="demo", seed=3, temperature=0.8, max_tokens=tokens, ignore_eos=True, timeout=60
-    )
+def answer(client: Client, tokens: int = 150, model: str = "apart") -> tuple[int, ...]:
+    done = client.complete(PROMPT, model=model, seed=3, temperature=0.8, max_tokens=tokens, ignore_eos=True, timeout=60)
     return done.choices[0].token_ids
 
 
-@pytest.fixture(scope="module")
-def apart(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Iterator[Service]:
-    if not (demo_model / "model.safetensors").is_file():
+@pytest.fixture
+def apart(service: Service) -> Service:
+    """A service that has the model `apart`."""
+    if not any(m.name == "apart" for m in service.status().models):
         pytest.skip("models/demo has no weights here")
-    flags = ["--model", f"demo={demo_model}", "--expert-hosts", "2", "--threads", "1", "--gateways", "2"]
-    with running(tmp_path_factory.mktemp("experts"), flags) as made:
-        made.wait_until_ready()
-        yield made
-        until(lambda: idle(made.status()))
-        assert made.stop()[-1] == "understudy: stopped"
+    return service
 
 
 def placement(service: Service) -> admin_pb2.ExpertPlacement:
@@ -52,20 +44,21 @@ def hosts(service: Service) -> dict[int, int]:
     return {p.rank: p.pid for p in service.status().processes if p.role == "expert_host"}
 
 
-def test_tokens_are_those_of_experts_at_home(service: Service, apart: Service) -> None:
-    """`service` serves the same model without expert hosts."""
-    with service.client() as home, apart.client(None) as client:
-        assert {m.name: m.numerics_id for m in home.models()}["demo"] == client.models()[0].numerics_id
-        assert answer(client) == answer(home)
-        probe = {"trace": True, "trace_attention": [1], "max_tokens": 3, "temperature": 0.0, "model": "demo"}
-        ours, theirs = (c.complete(PROMPT, **probe, timeout=60) for c in (client, home))  # type: ignore[arg-type]
+def test_tokens_are_those_of_experts_at_home(apart: Service) -> None:
+    """`demo` is the same model without expert hosts."""
+    with apart.client() as client:
+        numerics = {m.name: m.numerics_id for m in client.models()}
+        assert numerics["apart"] == numerics["demo"]
+        assert answer(client) == answer(client, model="demo")
+        probe = {"trace": True, "trace_attention": [1], "max_tokens": 3, "temperature": 0.0, "timeout": 60}
+        ours, theirs = (client.complete(PROMPT, model=m, **probe) for m in ("apart", "demo"))  # type: ignore[arg-type]
         assert ours.choices[0].traces == theirs.choices[0].traces
 
 
 def test_operators_see_hosts_and_placement(apart: Service) -> None:
     until(lambda: settled(apart, 2))
     now = placement(apart)
-    assert (now.model, now.replica, now.version, now.hosts_wanted, now.problem) == ("demo", "demo-0", 1, 2, "")
+    assert (now.model, now.replica, now.version, now.hosts_wanted, now.problem) == ("apart", "apart-0", 1, 2, "")
     assert sum(h.held for h in now.hosts) == now.copies == now.experts > 0
     assert all(h.rows > 0 for h in now.hosts)
     assert 0 < now.balance <= 1
@@ -77,10 +70,10 @@ def test_operators_see_hosts_and_placement(apart: Service) -> None:
 
 def test_a_killed_host_costs_no_token_and_comes_back(apart: Service) -> None:
     until(lambda: settled(apart, 2))
-    with apart.client(None) as client:
+    with apart.client() as client:
         expected = answer(client)
         stream = client.generate(
-            PROMPT, model="demo", seed=3, temperature=0.8, max_tokens=150, ignore_eos=True, timeout=60
+            PROMPT, model="apart", seed=3, temperature=0.8, max_tokens=150, ignore_eos=True, timeout=60
         )
         for _ in range(20):
             next(stream)
@@ -99,7 +92,7 @@ def test_a_killed_host_costs_no_token_and_comes_back(apart: Service) -> None:
 def test_hosts_are_added_and_removed_under_a_stream(apart: Service) -> None:
     until(lambda: settled(apart, 2))
     version = placement(apart).version
-    with apart.client(None) as client:
+    with apart.client() as client:
         expected = answer(client, 20)
         scaled = subprocess.run(
             [UNDERSTUDY, "experts", "--add", "1", "--json", "--admin", apart.admin],
@@ -124,7 +117,7 @@ def test_a_killed_router_leaves_the_placement_in_force(apart: Service) -> None:
     until(lambda: settled(apart, 2))
     version = placement(apart).version
     router = next(p.pid for p in apart.status().processes if p.role == "router")
-    with apart.client(None) as client:
+    with apart.client() as client:
         expected = answer(client, 20)
         os.kill(router, signal.SIGKILL)
         assert answer(client, 20) == expected
@@ -137,31 +130,3 @@ def test_a_killed_router_leaves_the_placement_in_force(apart: Service) -> None:
 
         until(back)
         assert answer(client, 20) == expected
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--expert-hosts", "1000"], ["--expert-hosts = 1000", "experts in a layer", "at most"]),
-        (["--expert-hosts", "-1"], ["--expert-hosts", "-1"]),
-    ],
-)
-def test_what_cannot_be_is_refused_before_anything_starts(
-    tmp_path: Path, demo_model: Path, flags: list[str], words: list[str]
-) -> None:
-    said = subprocess.run(
-        [UNDERSTUDY, "serve", "--model", str(demo_model), *flags], capture_output=True, text=True, check=False
-    )
-    assert said.returncode == 1
-    for word in words:
-        assert word in said.stderr
-    assert len(said.stderr.splitlines()) == 1
-
-
-def test_a_dense_model_has_no_experts_to_serve(text_model: Path) -> None:
-    said = subprocess.run(
-        [UNDERSTUDY, "serve", "--model", str(text_model), "--expert-hosts", "2"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert said.returncode == 1
-    assert "has no experts; leave it out" in said.stderr

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
-from service_process import UNDERSTUDY, Service, running, until
+from service_process import UNDERSTUDY, Service, until
 
 from understudy.client import Client
 from understudy.v1 import admin_pb2
-
-
-def writes_for(process: psutil.Process, pid: int) -> bool:
-    """Whether a process has a file open of a Ray session that process `pid` has started, wherever that lies."""
-    try:
-        return any(re.search(rf"/session_[^/]*_{pid}/", file.path) for file in process.open_files())
-    except psutil.Error:
-        return False
 
 
 def leaders(service: Service) -> dict[str, int]:
@@ -32,6 +22,11 @@ def ready(service: Service) -> dict[str, int]:
     """Epochs of the replicas of `text` that are ready."""
     replicas = service.status().replicas
     return {r.id: r.epoch for r in replicas if r.model == "text" and r.state == admin_pb2.REPLICA_STATE_READY}
+
+
+def running(service: Service) -> dict[str, int]:
+    """Sequences that run at the replicas of `text`."""
+    return {r.id: r.running for r in service.status().replicas if r.model == "text"}
 
 
 def answer(client: Client, seed: int, tokens: int = 400) -> tuple[int, ...]:
@@ -52,20 +47,22 @@ def test_streams_go_on_when_a_leader_is_killed(whole: Service) -> None:
     with whole.client() as client:
         expected = [answer(client, seed) for seed in range(8)]
         streams = [
-            client.generate([1, 2], model="text", seed=seed, temperature=1.0, max_tokens=400, ignore_eos=True)
-            for seed in range(8)
+            client.generate([1, 2], model="text", seed=i % 8, temperature=1.0, max_tokens=400, ignore_eos=True)
+            for i in range(24)
         ]
         for stream in streams:
             next(stream)
-        until(lambda: sum(r.running for r in whole.status().replicas) >= 1)
-        os.kill(leaders(whole)["text-0"], signal.SIGKILL)
+        until(lambda: max(running(whole).values()) > 0)
+        busy = running(whole)
+        victim, other = sorted(busy, key=lambda name: -busy[name])
+        os.kill(leaders(whole)[victim], signal.SIGKILL)
         for stream in streams:
             for _ in stream:
                 pass
-        assert [s.completion().choices[0].token_ids for s in streams] == expected
-    until(lambda: ready(whole).get("text-0", 0) == before["text-0"] + 1)
-    assert ready(whole)["text-1"] == before["text-1"], "the other one was left alone"
-    until(lambda: whole.metric("understudy_failovers_total") >= failovers)
+        assert [s.completion().choices[0].token_ids for s in streams] == expected * 3
+    until(lambda: ready(whole).get(victim, 0) == before[victim] + 1)
+    assert ready(whole)[other] == before[other], "the other one was left alone"
+    until(lambda: whole.metric("understudy_failovers_total") > failovers)
 
 
 def test_a_stopped_leader_is_silent_and_streams_go_on_elsewhere(whole: Service) -> None:
@@ -135,60 +132,3 @@ def test_a_second_service_on_the_same_port_says_so(whole: Service, text_model: P
     assert said.returncode == 1
     assert f"--port: cannot listen on 127.0.0.1:{port}" in said.stderr
     assert "Traceback" not in said.stderr
-
-
-def test_a_killed_service_leaves_no_process(tmp_path: Path, text_model: Path) -> None:
-    with running(tmp_path, ["--model", str(text_model), "--engine", "fake"]) as service:
-        service.wait_until_ready()
-        started, directory = service.processes(), service.directory
-        assert len(started) > 5
-        service.process.kill()
-        service.process.wait(10)
-
-        def left() -> list[psutil.Process]:
-            return [p for p in started if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-
-        until(lambda: not left())
-        until(lambda: not directory.exists())
-
-
-def test_a_second_signal_does_not_wait_and_leaves_no_process(tmp_path: Path, text_model: Path) -> None:
-    with running(tmp_path, ["--model", str(text_model), "--engine", "fake"]) as service:
-        service.wait_until_ready()
-        started = service.processes()
-        service.process.send_signal(signal.SIGINT)
-        assert service.process.stdout is not None
-        until(lambda: "draining" in service.process.stdout.readline())  # type: ignore[union-attr]
-        service.process.send_signal(signal.SIGINT)
-        assert service.process.wait(60) == 0
-        assert [p for p in started if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
-        assert not service.directory.exists()
-
-
-def test_a_damaged_checkpoint_ends_the_service_with_one_line(tmp_path: Path, text_model: Path) -> None:
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    for file in text_model.iterdir():
-        (damaged / file.name).write_bytes(file.read_bytes())
-    weights = damaged / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    with running(tmp_path, ["--model", str(damaged)]) as service:
-        with pytest.raises(AssertionError, match="ended before it was ready"):
-            service.wait_until_ready()
-        assert service.process.wait(30) == 1
-        assert not service.directory.exists()
-        assert not [p for p in psutil.process_iter() if writes_for(p, service.process.pid)]
-    said = "\n".join(service.output)
-    assert "error: " in service.output[-1]
-    assert "model.safetensors" in service.output[-1]
-    assert "Traceback" not in said
-
-
-def test_an_unknown_architecture_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "no_such"}')
-    with running(tmp_path, ["--model", str(tmp_path)]) as service:
-        with pytest.raises(AssertionError, match="ended before it was ready"):
-            service.wait_until_ready()
-        assert service.process.wait(30) == 1
-    assert len(service.output) == 1
-    assert "NoSuchModel" in service.output[0]
