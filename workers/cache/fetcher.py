@@ -61,9 +61,12 @@ class HostCopier:
             self._counts.host_loaded_bytes += size
             self._counts.host_load_seconds += seconds
             self._rate.add(size, seconds)
-            for item, landed in zip(items, took, strict=True):
+            for item in items:
                 self._landing.release(item)
-                self._box.put(Arrived(job.number, item.fetch.index, landed, Tier.HOST))
+            self._box.put_all(
+                Arrived(job.number, item.fetch.index, landed, Tier.HOST)
+                for item, landed in zip(items, took, strict=True)
+            )
             self._landing.over(job.number, len(items))
 
 
@@ -186,7 +189,7 @@ class Fetcher:
             self._room.release()
             for item in batch.items:
                 self._landing.release(item)
-                self._box.put(Arrived(number, item.fetch.index, id(item) in took, Tier.STORE))
+            self._box.put_all(Arrived(number, i.fetch.index, id(i) in took, Tier.STORE) for i in batch.items)
             self._landing.over(number, len(batch.items))
 
     def _verifies(self, item: Item, places: Iterator[tuple[memoryview, int]]) -> bool:
@@ -212,8 +215,8 @@ class Fetcher:
     def _give_up(self, number: int, items: Sequence[Item]) -> None:
         for item in items:
             self._landing.release(item)
-            self._box.put(Arrived(number, item.fetch.index, False, Tier.STORE))
         if items:
+            self._box.put_all(Arrived(number, item.fetch.index, False, Tier.STORE) for item in items)
             self._landing.over(number, len(items))
 
 

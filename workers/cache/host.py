@@ -11,7 +11,6 @@ what goes there is sent from where it lies.
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.cache.values import HEADER_BYTES
+from workers.kernels.memory import zeroed
 
 
 class Arena:
@@ -29,7 +29,7 @@ class Arena:
         self.heads = heads
         self.stride = HEADER_BYTES + value_bytes  # of values; a multiple of 16
         self.slot_bytes = heads * self.stride
-        self.memory: NDArray[np.uint8] = np.frombuffer(mmap.mmap(-1, max(1, slots) * self.slot_bytes), np.uint8)
+        self.memory: NDArray[np.uint8] = np.frombuffer(zeroed(max(1, slots) * self.slot_bytes), np.uint8)
         self._view = memoryview(self.memory)  # type: ignore[arg-type]
         self.free = list(range(slots - 1, -1, -1))
         self.kept: OrderedDict[int, None] = OrderedDict()  # without pins, least recently used first

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
+from workers.cache.receive import BROKEN, CLOSED, SILENT, make_receiver, why
+
 OK, MISSING, WRONG_SIZE = 1, 0, -1  # what became of a value that was asked for
 _IOV = 256  # buffers of one sendmsg; the kernel takes 1,024
 
@@ -33,6 +35,8 @@ class Wire:
         self._view = memoryview(self._buffer)
         self._begin = self._end = 0
         self._scratch = memoryview(bytearray(1 << 16))
+        plain = not isinstance(self._socket, ssl.SSLSocket)
+        self._receiver = make_receiver(self._socket.fileno(), self._buffer) if plain else None
 
     def close(self) -> None:
         self._connection.disconnect()
@@ -93,6 +97,11 @@ class Wire:
         line = self._line()
         if line[:1] != b"*" or int(line[1:]) != len(into):
             raise self._error(line)
+        if self._receiver is not None:
+            outcome, states, self._begin, self._end = self._receiver.values(into, self._begin, self._end)
+            if outcome:
+                raise self._went_wrong(outcome)
+            return states
         found = []
         for place in into:
             line = self._line()
@@ -109,6 +118,15 @@ class Wire:
                 self._skip(size + 2)
             found.append(OK if size == len(place) else WRONG_SIZE)
         return found
+
+    def _went_wrong(self, outcome: int) -> Exception:
+        if outcome == CLOSED:
+            return StoreError("Redis closed the connection")
+        if outcome == SILENT:
+            return self._silent()
+        if outcome == BROKEN:
+            return StoreError(why())
+        return self._error(self._line())
 
     def _error(self, line: bytes) -> Exception:
         said = line.decode(errors="replace")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -83,6 +83,12 @@ class Box(Generic[T]):
     def put(self, thing: T) -> None:
         with self._there:
             self._things.append(thing)
+            self._there.notify()
+
+    def put_all(self, things: Iterable[T]) -> None:
+        """Whoever waits is woken once."""
+        with self._there:
+            self._things.extend(things)
             self._there.notify()
 
     def take(self) -> list[T]:

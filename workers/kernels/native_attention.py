@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.kernels.checks import check_latent, check_values
+from workers.kernels.memory import zeroed
 from workers.kernels.ops import BLOCK, Batch
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -71,8 +71,7 @@ class KvCache:
         self.block_bytes = kv_heads * self.page_bytes
         self.layer_bytes = blocks * self.block_bytes
         self.bytes = layers * self.layer_bytes
-        memory = mmap.mmap(-1, self.bytes)  # page-aligned, and kept by the tensor
-        self.storage = torch.frombuffer(memory, dtype=torch.uint8)
+        self.storage = torch.frombuffer(zeroed(self.bytes), dtype=torch.uint8)  # which keeps it
         self._base = self.storage.data_ptr()
 
     def layer_pointer(self, layer: int) -> int:
