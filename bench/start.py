@@ -4,8 +4,9 @@
 
 Every start is a process of its own, as it is in a service, without Ray. `cold` starts find none of the checkpoint in
 the page cache: the kernel was asked to drop it, and `mincore` says how much it kept. `unbuilt`: nor the library of
-kernels. A service reads the weights and builds the kernels while torch is imported, and prepares formats while weights
-come; `in turn`: it does not. `first format`: from then on, an answer of one token that is held to JSON.
+kernels. A service reads the weights and builds the kernels while torch is imported; `in turn`: it does not. `first
+format`: from then on, an answer of one token that is held to JSON; asked for at once in turn, else after the replica
+was idle, when it prepares for that.
 """
 
 from __future__ import annotations
@@ -50,13 +51,11 @@ def drop(directory: Path) -> float:
 
 def nothing_ahead() -> None:
     """From here on everything of a start is done in turn."""
-    from workers.grammar.formats import CheckpointFormats
     from workers.kernels import build
     from workers.model import ahead
 
     ahead.read_ahead = lambda _directory: None
-    for place, name in ((build, "build_ahead"), (CheckpointFormats, "prepare")):
-        setattr(place, name, lambda *_: None)
+    build.build_ahead = lambda: None
 
 
 def child(checkpoint: str, ahead: bool, ordered: float) -> None:
@@ -81,8 +80,16 @@ def child(checkpoint: str, ahead: bool, ordered: float) -> None:
     wire = lambda loop: LeaderServer(loop, replica="m-0", epoch=1, secret="s")  # noqa: E731
 
     async def start() -> tuple[Any, float]:
-        leader = Leader(EngineConfig(checkpoint, name="m"), build_real_engine, wire, ordered=ordered)
+        engines: list[Any] = []
+
+        def build(*arguments: Any) -> Any:
+            engines.append(build_real_engine(*arguments))
+            return engines[-1]
+
+        leader = Leader(EngineConfig(checkpoint, name="m"), build, wire, ordered=ordered)
         report = await leader.start()
+        if ahead:  # what `Pulse` does when the engine is idle
+            await asyncio.to_thread(engines[0].formats.prepare)
         took = await first_format(leader._loop) if leader._loop is not None else 0.0
         await leader.stop()
         return report, took

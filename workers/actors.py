@@ -182,7 +182,9 @@ class Leader:
             self._address = await self._wire.start()
             self._note_start(begun, built)
             self._stage, self._done = "ready", 1.0
-            self._pulse = asyncio.create_task(Pulse(self._loop).run(), name="pulse")
+            formats = getattr(engine, "formats", None)
+            pulse = Pulse(self._loop, prepare=formats.prepare if formats is not None else None)
+            self._pulse = asyncio.create_task(pulse.run(), name="pulse")
         except Exception as error:
             if not isinstance(error, UnderstudyError):
                 log.exception("the engine could not be built")

@@ -46,11 +46,7 @@ def build_engine(
     from workers.engine.sampler import SAMPLER_VERSION
     from workers.grammar.formats import CheckpointFormats
     from workers.kernels.ops import BLOCK
-    from workers.model.config import read_spec
 
-    # While weights come: packing them leaves the interpreter to other threads.
-    formats = CheckpointFormats(Path(config.model_dir), read_spec(Path(config.model_dir)).vocab_size)
-    formats.prepare()
     runner = Runner.from_checkpoint(config, progress, group_of(config, group))
     its = runner.info
     info = EngineInfo(
@@ -71,6 +67,7 @@ def build_engine(
     )
     journal = Journal()
     cache = CacheManager(its.blocks, its.windows, BLOCK, config.prefix_cache, journal.record)
+    formats = CheckpointFormats(Path(config.model_dir), its.vocab_size)
     proposer = make_proposer(config, its, chunk_tokens)
     runner.store = open_store(config, runner)
     if runner.store is not None:

@@ -98,7 +98,7 @@ class EngineCore:
         self._closed = False
         self._proposer = proposer
         self._draft_tokens = draft_tokens
-        self._formats = formats
+        self.formats = formats
         self._timed: list[Sequence] = []  # spans of them are wanted, and they were in no step yet
         self._probed = 0  # sequences that ask what happens inside the layers
         self._opening: list[Sequence] = []  # whose grammar is being compiled beside the steps
@@ -249,14 +249,14 @@ class EngineCore:
         forced = request.interjection.ids if request.interjection is not None else ()
         if any(not 0 <= id < self._info.vocab_size for id in forced):
             return f"interjection: {list(forced)} has ids outside the vocabulary of {self._info.vocab_size}"
-        if request.grammar is not None and self._formats is None:
+        if request.grammar is not None and self.formats is None:
             return "grammar: this engine was built without formats; send the request without one"
         return self._scheduler.refusal(len(request.prompt), request.max_tokens)
 
     # Formats: compiled beside the steps, asked while the forward runs.
 
     def _open(self, sequence: Sequence, grammar: Grammar) -> None:
-        formats, threads = self._formats, self._threads
+        formats, threads = self.formats, self._threads
         assert formats is not None  # `_refusal` has looked
         assert threads is not None
 

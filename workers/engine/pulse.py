@@ -42,7 +42,8 @@ async def one_sequence(loop: EngineLoop, id: str, tokens: int) -> str:
 
 class Pulse:
     """Sets `loop.concern` while an idle engine owes a token. `run` until cancelled, or until the engine takes nothing
-    more. Seconds: `period_s` between tokens, longer where one takes long; `answer_s` for one to come."""
+    more. Seconds: `period_s` between tokens, longer where one takes long; `answer_s` for one to come. `prepare` is
+    called once, on a thread, when the engine is first found idle: neither its start nor its steps wait for it."""
 
     def __init__(
         self,
@@ -50,11 +51,12 @@ class Pulse:
         *,
         period_s: float = PERIOD_S,
         answer_s: float = ANSWER_S,
+        prepare: Callable[[], None] | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._loop = loop
-        self._period_s, self._answer_s = period_s, answer_s
+        self._period_s, self._answer_s, self._prepare = period_s, answer_s, prepare
         self._sleep, self._clock = sleep, clock
         self._numbers = itertools.count(1)
         self._took_s = 0.0
@@ -65,6 +67,9 @@ class Pulse:
             stats = self._loop.stats()
             if stats.running or stats.waiting:
                 continue  # its steps say enough
+            if self._prepare is not None:
+                prepare, self._prepare = self._prepare, None
+                await asyncio.to_thread(prepare)
             try:
                 await self._beat()
             except Unavailable:  # it drains or has failed: others say so

@@ -195,16 +195,11 @@ class CheckpointFormats:
         """See `TokenFormats.open`. Raises InvalidRequest too where this checkpoint cannot hold any grammar."""
         return self._of_vocabulary().open(grammar)
 
-    def prepare(self) -> threading.Thread:
-        """Reads and builds all that a first grammar would wait for, in a thread of its own."""
-        thread = threading.Thread(target=self._prepare, name="formats", daemon=True)
-        thread.start()
-        return thread
-
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
+        """Reads and builds all that a first grammar would wait for. What cannot be read is told when one comes."""
         try:
             self._of_vocabulary().prepare()
-        except Exception as error:  # whoever brings a grammar is told
+        except Exception as error:
             log.debug("no answer of this model can be held to a format: %s", error)
 
     def _of_vocabulary(self) -> TokenFormats:

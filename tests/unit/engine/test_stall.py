@@ -91,11 +91,14 @@ async def test_an_idle_engine_shows_that_it_makes_tokens() -> None:
         await rounds.acquire()
 
     with EngineLoop(engine) as loop:
-        beating = asyncio.create_task(Pulse(loop, period_s=2.0, sleep=sleep).run())
+        prepared: list[int] = []
+        pulse = Pulse(loop, period_s=2.0, sleep=sleep, prepare=lambda: prepared.append(loop.stats().generated_tokens))
+        beating = asyncio.create_task(pulse.run())
         for made in (1, 2, 3):
             rounds.release()
             await until(lambda made=made: len(waits) > made)
             assert (loop.stats().generated_tokens, loop.concern) == (made, "")
+        assert prepared == [0], "once, before the first token of its own"
         assert waits[0] == 2.0
         beating.cancel()
         await asyncio.gather(beating, return_exceptions=True)

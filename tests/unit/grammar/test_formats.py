@@ -262,14 +262,14 @@ def test_a_checkpoint_without_a_usable_tokenizer_is_told(tmp_path: Path) -> None
     word = {"model": {"vocab": {"a": 0}}, "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(word))
     formats = CheckpointFormats(tmp_path, 10)
-    formats.prepare().join(30)  # nobody has asked for a format yet: it is no failure
+    formats.prepare()  # nobody has asked for a format yet: it is no failure
     with pytest.raises(InvalidRequest, match="no bytes of their own"):
         formats.open(Grammar("json"))
 
 
 def test_what_a_first_grammar_needs_is_prepared(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     formats = CheckpointFormats(demo_model, 4096)
-    formats.prepare().join(60)
+    formats.prepare()
     monkeypatch.setattr("workers.grammar.formats.vocabulary_of", None)
     monkeypatch.setattr("llguidance.LLTokenizer", None)
     assert formats.open(Grammar("choice", '["yes"]')).mask_into(np.zeros(mask_words(4096), np.uint32)) is False
