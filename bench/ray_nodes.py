@@ -37,10 +37,13 @@ def ray_with_nodes(most: int, idle_minutes: float) -> Iterator[str]:
     os.environ.pop("RAY_AUTH_TOKEN", None)  # Ray then keeps one for this user, which all of its commands find
     os.environ.setdefault("RAY_worker_niceness", "0")
     cluster, address = _cluster(most, idle_minutes)
+    usual, tempfile.tempdir = tempfile.tempdir, str(place)  # where it leaves a file behind
     try:
         cluster.start(override_env={"RAY_NODE_TYPE_NAME": HEAD_TYPE})
+        tempfile.tempdir = usual
         yield address
     finally:
+        tempfile.tempdir = usual
         cluster.shutdown()
         undertaker.bury(mark, place, 2.0)
         shutil.rmtree(place, ignore_errors=True)
