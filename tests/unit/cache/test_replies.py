@@ -137,3 +137,17 @@ def test_silence_ends(way: str) -> None:
         with pytest.raises(StoreError, match=r"no byte through for 0.05 s"):
             wire.values(places([3]))
         heard.set()
+
+
+def test_a_reset_is_told(way: str) -> None:
+    asked = threading.Event()
+
+    def says(send: Send) -> None:
+        send(b"*1\r\n$3\r\na")
+        asked.wait(30)  # and closes without having read what was asked
+
+    with talk(says) as wire:
+        wire.send([(b"MGET", b"name")])
+        asked.set()
+        with pytest.raises((StoreError, ConnectionError), match="reset by peer"):
+            wire.values(places([3]))
