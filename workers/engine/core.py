@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,10 +12,11 @@ from workers.cache.events import Journal
 from workers.cache.keys import prompt_root
 from workers.cache.manager import CacheManager
 from workers.cache.orders import StorePort
-from workers.engine.contract import EngineInfo, EngineStats, FinishReason, Grammar, Request, SequenceOutput, TokenTrace
+from workers.engine.contract import EngineInfo, EngineStats, FinishReason, Request, SequenceOutput, TokenTrace
 from workers.engine.drafts import Proposer
 from workers.engine.formats import Formats, Matcher
 from workers.engine.logits import Logits
+from workers.engine.openings import Openings
 from workers.engine.plan import Chunk, StepPlan
 from workers.engine.rows import (
     Masks,
@@ -30,7 +31,7 @@ from workers.engine.rows import (
 from workers.engine.sampler import Choice, Row, Sampler, SamplingOps
 from workers.engine.scheduler import Scheduler
 from workers.engine.sequence import Sequence, finish_of
-from workers.engine.ways import Ways, asks, masks_of, not_opened, opened
+from workers.engine.ways import Ways, asks, not_opened
 from workers.experts.dispatch import Dispatcher
 from workers.parallel.errors import GroupBroken
 
@@ -101,8 +102,7 @@ class EngineCore:
         self.formats = formats
         self._timed: list[Sequence] = []  # spans of them are wanted, and they were in no step yet
         self._probed = 0  # sequences that ask what happens inside the layers
-        self._opening: list[Sequence] = []  # whose grammar is being compiled beside the steps
-        self._threads = None if formats is None else ThreadPoolExecutor(2, thread_name_prefix="format")
+        self._openings = None if formats is None else Openings(formats, info.vocab_size)
 
     @property
     def info(self) -> EngineInfo:
@@ -118,12 +118,13 @@ class EngineCore:
         return self._journal
 
     def step(self) -> list[SequenceOutput]:
-        if self._opening:
-            self._admit_opened()
+        openings = self._openings
+        if openings:
+            self._admit_opened(openings)
         if self._loads is not None:
             self._loads.poll()
         ended, self._ended = self._ended, []
-        if len(self._sequences) == len(self._opening) and not self._ordered:
+        if len(self._sequences) == len(openings or ()) and not self._ordered:
             return ended
         plan = self._scheduler.schedule()
         if not plan.chunks:
@@ -134,7 +135,8 @@ class EngineCore:
             self._ask_layers(plan)
         if self._runner.divided:
             self._ask_whole(plan)
-        masks = self._start_masks(plan) if self._threads is not None else {}
+        planned = zip(plan.chunks, self._scheduler.planned, strict=True)
+        masks = {} if openings is None else openings.masks(planned)
         began = time.perf_counter()
         if self._timed:
             self._note_first_steps(began)
@@ -183,8 +185,8 @@ class EngineCore:
             self._probed += looks_inside(request)
             if request.traceparent:
                 self._timed.append(sequence)
-            if request.grammar is not None:
-                self._open(sequence, request.grammar)
+            if request.grammar is not None and self._openings is not None:
+                self._openings.open(sequence, request.grammar)
             else:
                 self._scheduler.add(sequence)
 
@@ -234,8 +236,8 @@ class EngineCore:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            if self._threads is not None:
-                self._threads.shutdown(cancel_futures=True)
+            if self._openings is not None:
+                self._openings.close()
             if self._proposer is not None:
                 self._proposer.close()
             if self._loads is not None:
@@ -253,42 +255,16 @@ class EngineCore:
             return "grammar: this engine was built without formats; send the request without one"
         return self._scheduler.refusal(len(request.prompt), request.max_tokens)
 
-    # Formats: compiled beside the steps, asked while the forward runs.
-
-    def _open(self, sequence: Sequence, grammar: Grammar) -> None:
-        formats, threads = self.formats, self._threads
-        assert formats is not None  # `_refusal` has looked
-        assert threads is not None
-
-        sequence.opening = threads.submit(opened, formats, grammar, sequence.request.generated)
-        self._opening.append(sequence)
-
-    def _admit_opened(self) -> None:
+    def _admit_opened(self, openings: Openings) -> None:
         """Hands sequences to the scheduler whose format is open, and ends those whose format cannot be."""
-        if len(self._opening) == len(self._sequences):  # nothing else to do: until one is open, or somebody comes
-            wait([s.opening for s in self._opening if s.opening is not None], 0.05, FIRST_COMPLETED)
-        for sequence in [s for s in self._opening if s.opening is not None and s.opening.done()]:
-            future, sequence.opening = sequence.opening, None
-            assert future is not None
-            self._opening.remove(sequence)
+        for sequence, error in openings.settle(patient=len(openings) == len(self._sequences)):
             self._scheduler.add(sequence)
-            if (error := future.exception()) is not None:
+            if error is not None:
                 self._ended.append(self._end(sequence, FinishReason.ERROR, *not_opened(error)))
-                continue
-            sequence.matcher = future.result()
-            if sequence.matcher.finished:
+            elif sequence.matcher is not None and sequence.matcher.finished:
                 self._ended.append(self._end(sequence, FinishReason.EOS))
             elif sequence.made >= sequence.request.max_tokens:
                 self._ended.append(self._end(sequence, FinishReason.LENGTH))
-
-    def _start_masks(self, plan: StepPlan) -> dict[str, Future[Masks]]:
-        """Masks of the sequences that choose a token in this step, computed from now on."""
-        futures: dict[str, Future[Masks]] = {}
-        for chunk, s in zip(plan.chunks, self._scheduler.planned, strict=True):
-            if s.matcher is not None and samples(chunk, s) and self._threads is not None:
-                drafts, ends = drafts_of(chunk), (*s.request.eos_ids, *s.request.stop_ids)
-                futures[s.id] = self._threads.submit(masks_of, s.matcher, drafts, ends, self._info.vocab_size)
-        return futures
 
     def _ask_whole(self, plan: StepPlan) -> None:
         """Says whose likeliest token is enough: the rest of the vocabulary then stays where it is."""
@@ -452,9 +428,8 @@ class EngineCore:
         """The sequence leaves and its blocks are free; its last output."""
         del self._sequences[sequence.id]
         self._probed -= looks_inside(sequence.request)
-        if sequence.opening is not None:
-            sequence.opening.cancel()
-            self._opening.remove(sequence)
+        if sequence.opening is not None and self._openings is not None:
+            self._openings.forget(sequence)
             self._cache.close(sequence.table)
         else:
             self._scheduler.remove(sequence)
