@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from workers.engine import EngineStats
 
 HALF_LIFE_S = 10.0  # of busy seconds
+PRIOR_S = 1.0
 
 
 @dataclass(slots=True)
@@ -24,6 +25,14 @@ class Rate:
     @property
     def value(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
+
+    def among(self, usual: float) -> float:
+        """The value, as far as it is known: `PRIOR_S` of what is usual weigh as much as seconds of its own.
+
+        Rows a second of a few short prompts are far below those of long ones. Taken alone they would keep long ones
+        away, and so never be corrected.
+        """
+        return (self.tokens + PRIOR_S * usual) / (self.seconds + PRIOR_S) if usual else self.value
 
 
 @dataclass(slots=True)

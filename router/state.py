@@ -120,9 +120,7 @@ class Router:
         now = self._clock.now()
         if entry.rates.measure(entry.stats, stats):
             self._usual[entry.info.model].measure(entry.stats, stats)
-            self._put_rates(entry)
-        elif not entry.rates.prefill.seconds:
-            self._put_rates(entry)
+        self._put_rates(entry)
         entry.stats, entry.trouble = stats, trouble
         self._hear(entry, now)
         self._fleet.hear(entry.slot, stats)
@@ -361,11 +359,11 @@ class Router:
             fleet.ahead[rank, slot] = now + ledger.ahead(rank, waiting[rank], pace)
 
     def _put_rates(self, entry: _Entry) -> None:
-        """What the replica has measured; where it has not, what others of its model have."""
+        """What the replica has measured; as long as it has not measured much, what others of its model have."""
         own, usual = entry.rates, self._usual.setdefault(entry.info.model, Rates())
         self._fleet.put_rates(
             entry.slot,
-            own.prefill.value or usual.prefill.value or PREFILL_RATE,
+            own.prefill.among(usual.prefill.value) or PREFILL_RATE,
             own.host.value or usual.host.value,
             own.store.value or usual.store.value,
         )

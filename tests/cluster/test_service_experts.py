@@ -39,6 +39,11 @@ def settled(service: Service, hosts: int) -> bool:
     return now.version == now.target_version and [h.state for h in now.hosts] == ["ready"] * hosts
 
 
+def holds_what_is_placed(now: admin_pb2.ExpertPlacement) -> bool:
+    """Nothing is held beyond it any more."""
+    return sum(h.held for h in now.hosts) == now.copies
+
+
 def hosts(service: Service) -> dict[int, int]:
     """Process ids by rank."""
     return {p.rank: p.pid for p in service.status().processes if p.role == "expert_host"}
@@ -58,14 +63,15 @@ def test_tokens_are_those_of_experts_at_home(apart: Service) -> None:
 def test_operators_see_hosts_and_placement(apart: Service) -> None:
     until(lambda: settled(apart, 2))
     now = placement(apart)
-    assert (now.model, now.replica, now.version, now.hosts_wanted, now.problem) == ("apart", "apart-0", 1, 2, "")
-    assert sum(h.held for h in now.hosts) == now.copies == now.experts > 0
+    assert (now.model, now.replica, now.hosts_wanted, now.problem) == ("apart", "apart-0", 2, "")
+    assert now.version >= 1, "what it has computed so far may have had it balanced anew"
+    assert sum(h.held for h in now.hosts) >= now.copies >= now.experts > 0
     assert all(h.rows > 0 for h in now.hosts)
     assert 0 < now.balance <= 1
     assert hosts(apart) == {i: h.pid for i, h in enumerate(now.hosts)}
     until(lambda: apart.metric("understudy_expert_hosts_ready") == 2)
     assert apart.metric("understudy_expert_rebalance_age_seconds") > 0
-    assert apart.metric("understudy_expert_placement_version") == 1
+    assert apart.metric("understudy_expert_placement_version") >= now.version
 
 
 def test_a_killed_host_costs_no_token_and_comes_back(apart: Service) -> None:
@@ -86,7 +92,7 @@ def test_a_killed_host_costs_no_token_and_comes_back(apart: Service) -> None:
         assert hosts(apart)[1] == before[1]
         assert placement(apart).hosts[0].life == 2
         assert answer(client) == expected
-        until(lambda: sum(h.held for h in placement(apart).hosts) == placement(apart).experts)
+        until(lambda: holds_what_is_placed(placement(apart)))
 
 
 def test_hosts_are_added_and_removed_under_a_stream(apart: Service) -> None:
@@ -101,7 +107,7 @@ def test_hosts_are_added_and_removed_under_a_stream(apart: Service) -> None:
         assert json.loads(scaled.stdout)["experts"][0]["hosts_wanted"] == 3
         while not settled(apart, 3):
             assert answer(client, 20) == expected
-        assert placement(apart).version == version + 1
+        assert placement(apart).version > version
         assert answer(client, 20) == expected
         assert placement(apart).hosts[2].rows > 0
         subprocess.run(
@@ -124,7 +130,7 @@ def test_a_killed_router_leaves_the_placement_in_force(apart: Service) -> None:
 
         def back() -> bool:
             try:
-                return placement(apart).version == version
+                return placement(apart).version >= version
             except Exception:
                 return False
 

@@ -237,8 +237,8 @@ def test_the_only_replica_is_no_choice() -> None:
 
 def test_whoever_is_faster_gets_more() -> None:
     made, _ = router("slow", "fast")
-    made.beat("slow", 1, EngineStats(prefill_rows=1000, prefill_seconds=1.0))
-    made.beat("fast", 1, EngineStats(prefill_rows=3000, prefill_seconds=1.0))
+    made.beat("slow", 1, EngineStats(prefill_rows=20_000, prefill_seconds=20.0))
+    made.beat("fast", 1, EngineStats(prefill_rows=60_000, prefill_seconds=20.0))
     counts = Counter(made.assign(query(1000)).replica for _ in range(40))
     assert counts["fast"] == pytest.approx(30, abs=2)
 
@@ -251,6 +251,18 @@ def test_who_has_measured_nothing_is_taken_to_be_like_the_others() -> None:
     assert made._fleet.rate.tolist()[:2] == [50_000, 50_000]
     made.register("c", "c:1", 1, INFO)
     assert made._fleet.rate[2] == 50_000
+
+
+def test_a_few_short_prompts_do_not_keep_long_ones_away() -> None:
+    """Rows a second are few where a step has few rows; and who gets no long prompt measures none."""
+    made, _ = router("a", "b")
+    made.beat("a", 1, EngineStats(prefill_rows=100, prefill_seconds=0.1))
+    made.beat("b", 1, EngineStats(prefill_rows=50_000, prefill_seconds=5.0))
+    made.beat("a", 1, EngineStats(prefill_rows=100, prefill_seconds=0.1))  # nothing came to it
+    slow, fast = made._fleet.rate.tolist()[:2]
+    assert 8_000 < slow < fast
+    counts = Counter(made.assign(query(1000)).replica for _ in range(40))
+    assert counts["a"] >= 15
 
 
 async def test_what_was_reported_is_computed_meanwhile() -> None:
