@@ -52,9 +52,9 @@ def make_receiver(socket: int, buffer: bytearray) -> Receiver | None:
     return None if function is None else Receiver(function, socket, buffer)
 
 
-def why(errno: int = 0) -> str:
-    """The words of the last call's errno."""
-    return os.strerror(errno or ctypes.get_errno())
+def why() -> str:
+    """Why the last call is BROKEN."""
+    return os.strerror(ctypes.get_errno())
 
 
 @lru_cache(maxsize=1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from typing import Protocol
 
 from workers.cache.events import Journal
@@ -14,8 +13,9 @@ from workers.cache.manager import CacheManager
 from workers.cache.orders import StorePort
 from workers.engine.contract import EngineInfo, EngineStats, FinishReason, Request, SequenceOutput, TokenTrace
 from workers.engine.drafts import Proposer
-from workers.engine.formats import Formats, Matcher
+from workers.engine.formats import Formats
 from workers.engine.logits import Logits
+from workers.engine.made import Made, settle
 from workers.engine.openings import Openings
 from workers.engine.plan import Chunk, StepPlan
 from workers.engine.rows import (
@@ -28,7 +28,7 @@ from workers.engine.rows import (
     samples,
     shaped_rows,
 )
-from workers.engine.sampler import Choice, Row, Sampler, SamplingOps
+from workers.engine.sampler import Row, Sampler, SamplingOps
 from workers.engine.scheduler import Scheduler
 from workers.engine.sequence import Sequence, finish_of
 from workers.engine.ways import Ways, asks, not_opened
@@ -49,18 +49,6 @@ class StepRunner(Protocol):
         """Logits [S, V], S >= 0, of any float type, of the last `wanted` rows of each chunk, in the plan's order."""
 
     def close(self) -> None: ...
-
-
-@dataclass(slots=True)
-class _Made:
-    """What a step made of one sequence."""
-
-    sequence: Sequence
-    choices: list[Choice]
-    finish: FinishReason | None = None
-    error: str = ""
-    field: str = ""  # the request's own, where that is to blame
-    seen: list[TokenTrace] | None = None  # one for each choice, and more where drafts were wrong
 
 
 class EngineCore:
@@ -150,7 +138,7 @@ class EngineCore:
             return ended + self._fail(error)
         if self._loads is not None:
             self._loads.note(plan, time.perf_counter() - began)
-        made = self._settle(plan, choices)
+        made = settle(self._scheduler, plan, choices)
         self._scheduler.advance(plan)
         return ended + [self._report(m) for m in made]
 
@@ -329,75 +317,13 @@ class EngineCore:
             count = s.request.prompt_logprobs or 0
             s.told += self._sampler.prompt_logprobs(part, s.tokens[first + 1 : end + 1], count)
 
-    def _settle(self, plan: StepPlan, choices: list[Choice]) -> list[_Made]:
-        """Appends what every sequence chose, drafts as far as they agree, and finds out which are over. In the order
-        of arrival; nothing has left yet."""
-        made: list[_Made] = []
-        at = 0
-        for chunk, s in zip(plan.chunks, self._scheduler.planned, strict=True):
-            if not chunk.wanted:
-                continue
-            if s.plain and not chunk.drafts:
-                made.append(self._append(s, choices[at]))
-                at += 1
-            elif samples(chunk, s):
-                mine = choices[at : at + 1 + chunk.drafts]
-                at += len(mine)
-                made.append(self._take(s, chunk, mine))
-        made.sort(key=lambda m: m.sequence.arrival)
-        return made
-
-    def _append(self, s: Sequence, choice: Choice) -> _Made:
-        """What `_take` does, where a sequence asks for nothing and guesses nothing."""
-        if choice.error:
-            return _Made(s, [], FinishReason.ERROR, choice.error, choice.field)
-        s.tokens.append(choice.token)
-        self._scheduler.counts.generated_tokens += 1
-        return _Made(s, [choice], finish_of(s.request, s.made, (choice.token,)))
-
-    def _take(self, s: Sequence, chunk: Chunk, choices: list[Choice]) -> _Made:
-        made, drafts = _Made(s, [], seen=chunk.seen), drafts_of(chunk)
-        for j, choice in enumerate(choices):
-            if choice.error or choice.over:
-                made.finish = FinishReason.ERROR if choice.error else FinishReason.EOS
-                made.error, made.field = choice.error, choice.field
-                if choice.field and s.matcher is not None and s.matcher.error:
-                    made.error, made.field = s.matcher.error, "format"
-                break
-            s.tokens.append(choice.token)
-            made.choices.append(choice)
-            made.finish = finish_of(s.request, s.made, (choice.token,))
-            if s.matcher is not None:
-                self._follow(s.matcher, choice.token, made)
-            if made.finish is not None or j == len(drafts) or choice.token != drafts[j]:
-                break
-        if drafts:
-            self._scheduler.accept_drafts(chunk, max(0, len(made.choices) - 1))
-            self._scheduler.counts.accepted_tokens += sum(
-                c.token == d for c, d in zip(made.choices, drafts, strict=False)
-            )
-        self._scheduler.counts.generated_tokens += len(made.choices)
-        return made
-
-    def _follow(self, matcher: Matcher, token: int, made: _Made) -> None:
-        """The format goes on with the token; where it is complete, so is the answer."""
-        if made.finish not in (None, FinishReason.LENGTH):
-            return
-        try:
-            matcher.accept(token)
-        except ValueError as error:  # only a forced token can be wrong
-            made.finish, made.error = FinishReason.ERROR, f"grammar: does not allow token {token}: {error}"
-            return
-        if matcher.finished:
-            made.finish = FinishReason.EOS
-
     def _note_first_steps(self, now: float) -> None:
         for sequence in self._timed:
             if sequence.cached is not None:  # admitted to the step that begins
                 sequence.began = now
         self._timed = [s for s in self._timed if not s.began and s.id in self._sequences]
 
-    def _report(self, made: _Made) -> SequenceOutput:
+    def _report(self, made: Made) -> SequenceOutput:
         s, choices = made.sequence, made.choices
         output = self._output(s) if made.finish is None else self._end(s, made.finish, made.error, made.field)
         if len(choices) == 1:

@@ -341,3 +341,16 @@ def test_a_catalog_and_texts_outlive_a_router_that_forgot() -> None:
     library.decide({"a": Decision(2, Why.RUNNING, "", 1.0)})
     now[0] += 5
     assert library.exchange(first).decisions["a"].age_s == 6.0
+
+
+def test_two_services_do_not_wait_for_one_port() -> None:
+    """What Ray is told by a name of its own, which a later Ray may change."""
+    from ray._private import parameter
+
+    from cluster.local import _agent_on_any_port
+
+    usual = parameter.RayParams
+    with _agent_on_any_port():
+        assert parameter.RayParams().dashboard_agent_listen_port == 0  # type: ignore[no-untyped-call]
+    assert parameter.RayParams is usual
+    assert usual().dashboard_agent_listen_port == 52365  # type: ignore[no-untyped-call]
