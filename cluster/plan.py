@@ -27,6 +27,9 @@ GATEWAY_CPUS = 0.0
 # one REPLICA_PLACE holds one replica's supervisor, with its leader beside it, so that both leave together.
 GATEWAY_PLACE = {"understudy_gateway": 1.0}
 REPLICA_PLACE = {"understudy_replica": 1.0}
+REPLICA_NAME = "replica-"  # begins the names of their deployments
+LAST_S = 3600.0  # for streams that nobody else can go on with
+REPLICA_GRACE_S = LAST_S + 15.0  # what Serve gives a replica to end; nobody may drain for longer than LAST_S
 RANK_PLACE = {"understudy_shard": 1.0}
 EXPERT_HOST_PLACE = {"understudy_expert_host": 1.0}
 LEASE_S = 10.0

@@ -1,8 +1,8 @@
 """What a pod does before it is ended: `python -m cluster.prestop --seconds N`, its preStop hook.
 
 Ray's node in the pod is drained: Serve starts what ran here elsewhere, then lets gateways and replicas here end their
-streams. The hook returns when they have gone, so that the signal which follows finds nobody at work, or after N
-seconds.
+streams. What runs here serves on until its replacement does, for up to `--replacement` seconds. The hook returns when
+all have gone, so that the signal which follows finds nobody at work, or after N seconds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from cluster.plan import REPLICA_GRACE_S, REPLICA_NAME
 
 _POLL_S = 0.25
 _SERVE_REPLICA = "ServeReplica"  # is in the title that Ray gives to the process of a Serve replica
@@ -43,25 +45,33 @@ def find_raylets() -> list[Raylet]:
     return [raylet for raylet in found if raylet is not None]
 
 
-def serve_replicas(raylet: Raylet) -> list[int]:
-    """Process ids of the Serve replicas that run on a node."""
+def serve_replicas(raylet: Raylet) -> dict[int, str]:
+    """The Serve replicas that run on a node: the titles of their processes by process id."""
     try:
         children = psutil.Process(raylet.pid).children()
     except psutil.NoSuchProcess:
-        return []
-    found = []
+        return {}
+    found = {}
     for child in children:
         try:
             title = " ".join(child.cmdline())
             if title.startswith("ray::") and _SERVE_REPLICA in title:
-                found.append(child.pid)
+                found[child.pid] = title
         except psutil.Error:  # it has ended meanwhile
             continue
     return found
 
 
+def told_end(titles: Sequence[str], seconds: float, replacement: float) -> float:
+    """In how many seconds Serve is told that the node ends. Serve lets whatever runs there serve on until a replacement
+    does, but no longer than until what it needs to end gracefully is left: for replicas of models, an hour, which no
+    pod has. So where only such run, it is told that there is this hour, and `replacement` seconds before it."""
+    only_models = bool(titles) and all(f":{REPLICA_NAME}" in title for title in titles)
+    return replacement + REPLICA_GRACE_S if only_models else seconds
+
+
 def drain(raylet: Raylet, seconds: float) -> None:
-    """Asks Ray to place nothing new on the node, and tells it, and Serve, when it ends. Raises RuntimeError where it
+    """Asks Ray to place nothing new on the node, and tells it, and Serve, that it ends in so many seconds. Raises RuntimeError where it
     refuses."""
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated import autoscaler_pb2
@@ -90,6 +100,9 @@ def wait(
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cluster.prestop", description=__doc__)
     parser.add_argument("--seconds", type=float, required=True, help="how long it may take, at most")
+    parser.add_argument(
+        "--replacement", type=float, default=30.0, help="how long what runs here may serve on until others do (30)"
+    )
     parser.add_argument("--node", help="the node's id, where several run in one container")
     given = parser.parse_args(arguments)
     end = time.monotonic() + given.seconds
@@ -97,11 +110,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(raylets) != 1:
         print(f"{len(raylets)} Ray nodes here, not one: nothing is drained", file=sys.stderr)
         return 1
-    drain(raylets[0], given.seconds)
+    drain(raylets[0], told_end(list(serve_replicas(raylets[0]).values()), given.seconds, given.replacement))
     left = end - time.monotonic()
     if wait(lambda: serve_replicas(raylets[0]), left, time.monotonic, time.sleep):
         return 0
-    print(f"still at work after {given.seconds:g} s: {serve_replicas(raylets[0])}", file=sys.stderr)
+    print(f"still at work after {given.seconds:g} s: {sorted(serve_replicas(raylets[0]))}", file=sys.stderr)
     return 1
 
 

@@ -18,7 +18,17 @@ from cluster.expert_actors import call_actor, open_hosts
 from cluster.group import RankGroup, Ranks
 from cluster.logs import configure
 from cluster.places import RankPlace, beside_me
-from cluster.plan import LEASE_S, REPLICA_PLACE, SUPERVISOR_CPUS, ReplicaPlan, node_address, serve_logging
+from cluster.plan import (
+    LAST_S,
+    LEASE_S,
+    REPLICA_GRACE_S,
+    REPLICA_NAME,
+    REPLICA_PLACE,
+    SUPERVISOR_CPUS,
+    ReplicaPlan,
+    node_address,
+    serve_logging,
+)
 from cluster.roster import Claim
 from cluster.supervisor import Supervisor
 from cluster.telemetry import open_tracer
@@ -34,7 +44,6 @@ log = logging.getLogger(__name__)
 
 _LEND_S = 2.0
 _UPGRADE_TRIES = 3
-_LAST_S = 3600.0  # for streams that nobody else can go on with
 
 
 def build_fake_engine(config: EngineConfig, progress: Progress, rows: float | None = None) -> Engine:
@@ -224,7 +233,7 @@ class Replica:
             return
         running.cancel()
         self._lending.cancel()
-        ended = await self._supervisor.leave(self._plan.drain_s, max(self._plan.drain_s, _LAST_S))
+        ended = await self._supervisor.leave(self._plan.drain_s, LAST_S)
         log.info("drained%s", "" if ended else "; streams were left, and go on elsewhere")
 
 
@@ -237,11 +246,11 @@ def deployment(plan: ReplicaPlan, present: int | None = None) -> Any:
         more["max_constructor_retry_count"] = _UPGRADE_TRIES
     made: Any = serve.deployment(
         Replica,
-        name="replica-" + re.sub(r"[^\w.-]", "-", plan.model),  # becomes part of file names
+        name=REPLICA_NAME + re.sub(r"[^\w.-]", "-", plan.model),  # becomes part of file names
         ray_actor_options={"num_cpus": SUPERVISOR_CPUS, "resources": REPLICA_PLACE if plan.by_role else {}},
         health_check_period_s=0.5,
         health_check_timeout_s=30.0,
-        graceful_shutdown_timeout_s=max(plan.drain_s, _LAST_S) + 15.0,
+        graceful_shutdown_timeout_s=REPLICA_GRACE_S,
         graceful_shutdown_wait_loop_s=0.05,
         logging_config=serve_logging(plan.logs),
         max_surge_percent=plan.surge_percent,

@@ -131,10 +131,10 @@ class Cluster:
         self.gcs_port, self.dashboard_port = free_port(), free_port()
         self.ports = {name: free_port() for name in ("grpc", "metrics", "admin")}
         self.environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
-        self.environment |= {
-            "RAY_worker_niceness": "0",
-            "UNDERSTUDY_CACHE": str(cache_dir().parent),
-        }
+        spec = service["spec"]["rayClusterConfig"]
+        told = spec["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
+        self.environment |= {e["name"]: e["value"] for e in told if e["name"].startswith("RAY_")}
+        self.environment["UNDERSTUDY_CACHE"] = str(cache_dir().parent)
         self.environment |= {
             f"UNDERSTUDY_{'' if k == 'grpc' else k.upper() + '_'}PORT": str(v) for k, v in self.ports.items()
         }
@@ -143,7 +143,6 @@ class Cluster:
         self._config = service["spec"]["serveConfigV2"]
         self._started: list[Pod] = []
         self.pods: dict[str, list[Pod]] = {}
-        spec = service["spec"]["rayClusterConfig"]
         try:
             self.head = self._start("head", spec["headGroupSpec"], head=True)
             for group in spec["workerGroupSpecs"]:

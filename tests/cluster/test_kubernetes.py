@@ -160,7 +160,7 @@ def test_a_pod_leaves_without_a_broken_stream(cluster: Cluster, group: str) -> N
     with streams(cluster, 4) as answers:
         took = pod.end()
         gone = len(answers)
-        assert any(p.works() for p in spare), "what left has gone to the spare pod"
+        until(lambda: any(p.works() for p in spare), 60, "what left has gone to the spare pod")
         until(lambda: len(answers) > gone + 4, 60, "answers after the pod has gone")
     print(f"{pod.name} was gone after {took:.1f} s; {len(answers)} streams")
     assert set(answers) == {expected}

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from cluster.prestop import Raylet, main, serve_replicas, wait
+from cluster.plan import REPLICA_GRACE_S
+from cluster.prestop import Raylet, main, serve_replicas, told_end, wait
 
 NODE = "ab" * 28
 WORDS = ["/usr/local/lib/ray/core/src/ray/raylet/raylet", "--raylet_socket_name=/tmp/ray/s/raylet", f"--node_id={NODE}",
@@ -24,9 +25,21 @@ def test_children_that_are_no_serve_replicas_are_not_waited_for() -> None:
     import os
 
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        assert serve_replicas(Raylet(os.getpid(), NODE, "")) == []
+        assert serve_replicas(Raylet(os.getpid(), NODE, "")) == {}
         child.communicate()
-    assert serve_replicas(Raylet(child.pid, NODE, "")) == [], "the node is gone"
+    assert serve_replicas(Raylet(child.pid, NODE, "")) == {}, "the node is gone"
+
+
+MODEL, GATEWAY = "ray::ServeReplica:understudy:replica-demo", "ray::ServeReplica:understudy:gateway"
+
+
+@pytest.mark.parametrize(
+    ("titles", "told"),
+    [([], 75.0), ([GATEWAY], 75.0), ([GATEWAY, MODEL], 75.0), ([MODEL, MODEL], 20.0 + REPLICA_GRACE_S)],
+)
+def test_replicas_of_models_serve_on_until_their_replacement_does(titles: list[str], told: float) -> None:
+    """Serve stops a replica once what is left is no more than what it has to end in."""
+    assert told_end(titles, 75.0, 20.0) == told
 
 
 @pytest.mark.parametrize(("polls", "seconds", "gone"), [(0, 0.0, True), (3, 1.0, True), (9, 1.0, False)])
