@@ -4,6 +4,9 @@ T rows, L layers, E experts. A layer is one exchange with all hosts and lasts as
 is balanced for itself: balance = mean over maximum load of its hosts, and that of several layers the sum of the means
 over the sum of the maxima. An expert may live on several hosts, which share its rows. `capacity` is how many experts
 fit in a host's memory, over all layers; each layer gets an equal part of it.
+
+Even loads are uneven in a single step. So where there is room some experts have a second home although no load asks for
+it, and the dispatcher gives each step's rows to whichever of the two has less to do (`workers/experts/split.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from workers.experts.placement import Homes, Placement
 
 Loads = Sequence[Sequence[float]]  # [L][E]: rows
 ENOUGH = 0.95  # a balance that no more experts are moved for
+_SPARE = 8  # one of so many experts has a second home for single steps' sake
 _ROUNDS = 4  # of sharing rows out again
 _PATIENCE = 8  # steps without a better balance
 
@@ -115,6 +119,7 @@ class _Layer:
                 best, kept, since = self._balance(), self._copy_of_all(), 0
         self._homes, self._shares, self._used, self._total = kept
         self._drop_idle()
+        self._add_spares()
         return tuple(tuple(zip(of, shares, strict=True)) for of, shares in zip(self._homes, self._shares, strict=True))
 
     def _copy_of_all(self) -> tuple[list[list[int]], list[list[float]], list[int], list[float]]:
@@ -209,12 +214,36 @@ class _Layer:
         self._used[host] -= 1
         self._share(expert)
 
+    def _copies(self) -> int:
+        """Homes beyond each expert's first."""
+        return sum(self._used) - len(self._homes)
+
     def _drop_idle(self) -> None:
-        """Copies that carry nothing are given back, so that there is room for the next hot one."""
+        """Copies that carry nothing are given back, so that there is room for the next hot one; but for the spare."""
         for expert, of in enumerate(self._homes):
             for host in [h for h in of if self._part(expert, h) <= 0.01 * self._loads[expert]]:
-                if len(of) > 1:
+                if len(of) > 1 and self._copies() > len(self._homes) // _SPARE:
                     self._leave(expert, host)
+
+    def _add_spares(self) -> None:
+        """Second homes for the most wanted experts of each host in turn, in half of the room that is left."""
+        free = sum(self._room) - sum(self._used)
+        shared = [0] * len(self._room)  # experts that a host has together with another
+        for of in self._homes:
+            for host in of if len(of) > 1 else ():
+                shared[host] += 1
+        single = self._by_load(e for e, of in enumerate(self._homes) if len(of) == 1)
+        for _ in range(min(len(self._homes) // _SPARE - self._copies(), free // 2)):
+            roomy = [h for h in self._hosts if self._used[h] < self._room[h]]
+            expert = min(single, key=lambda e: shared[self._homes[e][0]], default=None)
+            others = [h for h in roomy if expert is not None and h != self._homes[expert][0]]
+            if expert is None or not others:
+                return
+            host = min(others, key=lambda h: (shared[h], self._used[h] / self._room[h], h))
+            shared[host] += 1
+            shared[self._homes[expert][0]] += 1
+            single.remove(expert)
+            self._enter(expert, host)
 
     # How homes share rows ---------------------------------------------------------------------------------------------
 
