@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,16 @@ import msgspec
 
 from cluster.directory import Directory
 from cluster.expert_hosts import ExpertHosts
+from cluster.group import RankGroup
 from cluster.plan import EXPERT_HOST_PLACE, ReplicaPlan, node_address
 from understudy.errors import FROM_KIND, InternalError
 from workers.experts.actor import expert_host_actor
 from workers.experts.limits import expert_layers
-from workers.experts.placement import HostReport
+from workers.experts.placement import HoldOrder, HostReport, rank_of
 from workers.experts.process import HostPlan
 from workers.model.config import read_spec
+
+_LOOK_S = 0.5  # between two looks whether a group has loaded
 
 
 async def call_actor(method: Any, *args: object) -> Any:
@@ -57,6 +62,62 @@ class RayHost:
         import ray
 
         ray.kill(self._handle, no_restart=True)
+
+
+class RankHost:
+    """A rank of a replica's own group as `ExpertHosts` sees it. It starts and ends with the group."""
+
+    def __init__(self, group: Callable[[], RankGroup | None], rank: int) -> None:
+        self._group, self._rank = group, rank
+
+    async def start(self) -> HostReport:
+        """Waits until the group has loaded."""
+        while True:
+            report = await self._tell(None)
+            if report is not None:
+                return report
+            await asyncio.sleep(_LOOK_S)
+
+    async def report(self) -> HostReport:
+        report = await self._tell(None)
+        if report is None:
+            raise ConnectionError("its group is gone")
+        return report
+
+    async def hold(self, places: list[tuple[int, int]]) -> None:
+        await self._tell(HoldOrder(tuple(places)))
+
+    async def keep(self, places: list[tuple[int, int]]) -> None:
+        await self._tell(HoldOrder(tuple(places), kept=True))
+
+    def kill(self) -> None:
+        """Its group does."""
+
+    async def _tell(self, order: HoldOrder | None) -> HostReport | None:
+        group = self._group()
+        return None if group is None else await group.experts(self._rank, order)
+
+
+def open_ranks(plan: ReplicaPlan, router: Directory) -> ExpertHosts:
+    """The ranks of one replica as hosts of its experts."""
+    engine = plan.engine
+    layers, experts = expert_layers(read_spec(Path(engine.model_dir)))
+
+    def start(name: str, _life: int) -> RankHost:
+        return RankHost(lambda: hosts.leader, rank_of(name))  # type: ignore[arg-type,return-value]
+
+    hosts = ExpertHosts(
+        model=plan.model,
+        layers=layers,
+        experts=experts,
+        count=engine.tensor_parallel,
+        secret=plan.secret,
+        start_host=start,
+        router=router,
+        node=node_address(plan.loopback),
+        at_ranks=True,
+    )
+    return hosts
 
 
 def open_hosts(plan: ReplicaPlan, router: Directory) -> ExpertHosts:

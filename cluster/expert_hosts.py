@@ -22,7 +22,15 @@ from typing import Protocol
 from cluster.roster import Claim, ProcessInfo
 from router.rebalance import ExpertsOrder, ExpertsReport, HostState
 from understudy.errors import ConfigError, Unavailable, UnderstudyError
-from workers.experts.placement import DispatchReport, ExpertsPlan, HostReport, HostsView, Placement
+from workers.experts.placement import (
+    DispatchReport,
+    ExpertsPlan,
+    HostReport,
+    HostsView,
+    Placement,
+    rank_name,
+    spread_placement,
+)
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +90,9 @@ class ExpertHosts:
     """`prepare` before the leader is started, `attach` it then, `stop` at last.
 
     `layers` and `experts` are the model's: which layers have experts, and how many each. `count` hosts are wanted.
-    `start_host` makes the process of a host's name and life. Seconds: `beat_s` between two looks, `silence_s` until a
-    host that does not answer is replaced.
+    `start_host` makes the process of a host's name and life. `at_ranks`: the hosts are the ranks of the leader's group,
+    which come and go with it and have loaded their experts when it starts. Seconds: `beat_s` between two looks,
+    `silence_s` until a host that does not answer is replaced.
     """
 
     def __init__(
@@ -100,21 +109,23 @@ class ExpertHosts:
         beat_s: float = 0.5,
         silence_s: float = 5.0,
         dispatch_silence_s: float = 2.0,
+        at_ranks: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model, self._layers, self._experts, self._secret = model, layers, experts, secret
         self._start_host, self._router, self._node, self._clock = start_host, router, node, clock
         self._beat_s, self._silence_s, self._dispatch_silence_s = beat_s, silence_s, dispatch_silence_s
+        self._at_ranks = at_ranks
         self._claim: Claim | None = None
         self._hosts: dict[str, _Host] = {}
         self._lives: dict[str, int] = {}
         self._rows = [[0] * count for count in experts]
         self._target: Placement | None = None
-        self._in_force: Placement | None = None
+        self._in_force = spread_placement(layers, experts, count) if at_ranks else None
         self._told: HostsView | None = None  # the last that the leader was given
         self._numbers = 0
         self._failure: UnderstudyError | None = None
-        self._leader: LeaderPlaces | None = None
+        self.leader: LeaderPlaces | None = None
         self._tending: asyncio.Task[None] | None = None
         self._dispatch: Callable[[], DispatchReport | None] = lambda: None
         self._scale(count)
@@ -127,7 +138,7 @@ class ExpertHosts:
         Raises the first host's error, or Unavailable where a host's process ended.
         """
         self._claim = claim
-        while True:
+        while not self._at_ranks:
             await self.tend()
             if self._failure is not None:
                 raise self._failure
@@ -147,7 +158,7 @@ class ExpertHosts:
     def attach(self, leader: LeaderPlaces, dispatch: Callable[[], DispatchReport | None]) -> None:
         """Whom to tell of placements, and what its dispatcher last said of itself. From now on hosts are looked after
         until `stop`."""
-        self._leader, self._dispatch = leader, dispatch
+        self.leader, self._dispatch = leader, dispatch
         self._tending = asyncio.create_task(self._run(), name="expert hosts")
 
     async def _run(self) -> None:
@@ -159,7 +170,9 @@ class ExpertHosts:
                 log.exception("the expert hosts could not be looked after; trying again")
 
     def processes(self) -> tuple[ProcessInfo, ...]:
-        """Of all hosts that live."""
+        """Of all hosts that live, but for ranks, which are told as such."""
+        if self._at_ranks:
+            return ()
         replica = self._claim.replica if self._claim is not None else ""
         return tuple(
             ProcessInfo("expert_host", h.report.pid, h.report.node, replica, i)
@@ -175,6 +188,8 @@ class ExpertHosts:
         hosts, self._hosts = list(self._hosts.values()), {}
         for host in hosts:
             self._end(host)
+            if host.starting is not None:
+                host.starting.cancel()
         await asyncio.gather(*(h.starting for h in hosts if h.starting is not None), return_exceptions=True)
 
     # One look ---------------------------------------------------------------------------------------------------------
@@ -233,7 +248,7 @@ class ExpertHosts:
         else:
             if host.port is port:
                 host.report, host.heard, host.failures = report, self._clock(), 0
-                host.rows = [[0] * len(row) for row in report.rows]
+                host.rows = [list(row) for row in report.rows]  # of ranks, which only seemed lost, not nothing
 
     def _lose(self, host: _Host, why: str) -> None:
         log.warning("expert host %s (life %d) is lost: %s", host.name, host.life, why)
@@ -258,7 +273,7 @@ class ExpertHosts:
         rows = tuple(map(tuple, self._rows))
         report = ExpertsReport(
             self._model, self._claim.replica, self._claim.epoch, self._layers, self._experts, states, rows,
-            self._in_force,
+            self._in_force, self._at_ranks,
         )  # fmt: skip
         try:
             order = await self._router.experts(report)
@@ -269,7 +284,7 @@ class ExpertHosts:
             self._failure = self._failure or ConfigError(order.problem)
         if order.placement is not None:
             self._target = order.placement
-        if order.hosts is not None:
+        if order.hosts is not None and not self._at_ranks:
             self._scale(order.hosts)
 
     def _state(self, host: _Host) -> HostState:
@@ -306,8 +321,9 @@ class ExpertHosts:
         missing = count - sum(not h.leaving for h in self._hosts.values())
         number = 0
         while missing > 0:
-            if f"h{number}" not in self._hosts:
-                self._hosts[f"h{number}"] = _Host(f"h{number}")
+            name = rank_name(number) if self._at_ranks else f"h{number}"
+            if name not in self._hosts:
+                self._hosts[name] = _Host(name)
                 missing -= 1
             number += 1
 
@@ -329,8 +345,12 @@ class ExpertHosts:
 
     async def _switch(self) -> None:
         """Tells the leader, once all that the target needs is there."""
-        target, leader, told = self._target, self._leader, self._told
-        if target is None or leader is None or told is None:
+        target, leader, told = self._target, self.leader, self._told
+        if target is None or leader is None:
+            return
+        if told is None:  # of ranks, once all have said who they are
+            if self._in_force is not None and len(self._serving()) == len(self._hosts):
+                await self._tell(leader, self._view(self._in_force))
             return
         current = self._view(target)
         if target.version == told.placement.version:
@@ -339,10 +359,13 @@ class ExpertHosts:
                 return
         elif len(current.hosts) < len(target.hosts) or not self._loaded(target.hosts):
             return
+        await self._tell(leader, current)
+
+    async def _tell(self, leader: LeaderPlaces, view: HostsView) -> None:
         with suppress(ConnectionError):
-            await leader.place_experts(current)
-            self._told = current
-            log.info("placement %d over %d hosts is handed to the leader", target.version, len(current.hosts))
+            await leader.place_experts(view)
+            self._told = view
+            log.info("placement %d over %d hosts is handed to the leader", view.placement.version, len(view.hosts))
 
     def _loaded(self, names: Iterable[str]) -> bool:
         for name in names:

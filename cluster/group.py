@@ -14,7 +14,7 @@ import msgspec
 
 from understudy.errors import Unavailable, UnderstudyError
 from workers.actors import LeaderReport, RankReport
-from workers.experts.placement import HostsView
+from workers.experts.placement import HoldOrder, HostReport, HostsView
 from workers.parallel.meeting import Meeting
 
 CAUSE_S = 2.0  # after one rank has failed, for the others to say whether it was they who began
@@ -29,6 +29,9 @@ class RankPort(Protocol):
     async def report(self) -> RankReport: ...
 
     async def place_experts(self, view: HostsView) -> None: ...
+
+    async def experts(self, order: HoldOrder | None = None) -> HostReport | None:
+        """This rank as a host of whole experts, after an order; None where it is not one, or not yet."""
 
     def kill(self) -> None:
         """Ends the process now. Idempotent."""
@@ -48,6 +51,8 @@ class FirstPort(Protocol):
     async def stop(self) -> None: ...
 
     async def place_experts(self, view: HostsView) -> None: ...
+
+    async def experts(self, order: HoldOrder | None = None) -> HostReport | None: ...
 
     def kill(self) -> None: ...
 
@@ -120,9 +125,19 @@ class RankGroup:
             await _of_rank(0, self._ranks.first.stop())
 
     async def place_experts(self, view: HostsView) -> None:
+        """The leader last: by then the others know what its plans will name."""
         if self._ranks is not None:
-            ports: list[FirstPort | RankPort] = [self._ranks.first, *self._ranks.others]
-            await asyncio.gather(*(_of_rank(i, port.place_experts(view)) for i, port in enumerate(ports)))
+            others = enumerate(self._ranks.others, 1)
+            await asyncio.gather(*(_of_rank(rank, port.place_experts(view)) for rank, port in others))
+            await _of_rank(0, self._ranks.first.place_experts(view))
+
+    async def experts(self, rank: int, order: HoldOrder | None = None) -> HostReport | None:
+        """What a rank that has whole experts says of itself, after an order; None where it has not loaded yet."""
+        if self._ranks is None:
+            return None
+        port: FirstPort | RankPort = self._ranks.others[rank - 1] if rank else self._ranks.first
+        report: HostReport | None = await _of_rank(rank, port.experts(order))
+        return None if report is None else msgspec.structs.replace(report, node=self._ranks.nodes[rank])
 
     def awaited(self) -> str:
         """The ranks that have not answered the question under way."""

@@ -71,8 +71,8 @@ def told_end(titles: Sequence[str], seconds: float, replacement: float) -> float
 
 
 def drain(raylet: Raylet, seconds: float) -> None:
-    """Asks Ray to place nothing new on the node, and tells it, and Serve, that it ends in so many seconds. Raises RuntimeError where it
-    refuses."""
+    """Asks Ray to place nothing new on the node, and tells it, and Serve, that it ends in so many seconds. Raises
+    RuntimeError where it refuses."""
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated import autoscaler_pb2
 

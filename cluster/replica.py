@@ -14,7 +14,8 @@ import msgspec
 
 from cluster.catalog import Texts
 from cluster.directory import find
-from cluster.expert_actors import call_actor, open_hosts
+from cluster.expert_actors import call_actor, open_hosts, open_ranks
+from cluster.expert_hosts import ExpertHosts
 from cluster.group import RankGroup, Ranks
 from cluster.logs import configure
 from cluster.places import RankPlace, beside_me
@@ -37,7 +38,7 @@ from understudy.errors import FROM_KIND, InternalError
 from workers.actors import LeaderReport, Progress, RankReport, build_real_engine, leader_actor, rank_actor
 from workers.engine import Engine, EngineConfig
 from workers.engine.loop import EngineLoop
-from workers.experts.placement import HostsView
+from workers.experts.placement import HoldOrder, HostReport, HostsView
 from workers.parallel.meeting import Meeting
 
 log = logging.getLogger(__name__)
@@ -110,6 +111,10 @@ class RayLeader:
     async def place_experts(self, view: HostsView) -> None:
         await self._call(self._handle.place_experts, msgspec.msgpack.encode(view))
 
+    async def experts(self, order: HoldOrder | None = None) -> HostReport | None:
+        report: HostReport | None = await self._call(self._handle.experts, order)
+        return report
+
     def kill(self) -> None:
         import ray
 
@@ -136,6 +141,10 @@ class RayRank:
     async def place_experts(self, view: HostsView) -> None:
         await call_actor(self._handle.place_experts, msgspec.msgpack.encode(view))
 
+    async def experts(self, order: HoldOrder | None = None) -> HostReport | None:
+        report: HostReport | None = await call_actor(self._handle.experts, order)
+        return report
+
     def kill(self) -> None:
         import ray
 
@@ -150,7 +159,11 @@ class Replica:
 
         configure()
         self._plan, self._directory = plan, find(plan.namespace)
-        self._experts = open_hosts(plan, self._directory) if plan.expert_hosts else None
+        self._experts: ExpertHosts | None = None
+        if plan.expert_hosts:
+            self._experts = open_hosts(plan, self._directory)
+        elif plan.engine.expert_parallel:
+            self._experts = open_ranks(plan, self._directory)
         self._supervisor = Supervisor(
             model=plan.model,
             holder=serve.get_replica_context().replica_id.unique_id,
@@ -190,7 +203,7 @@ class Replica:
 
     def _start_leader(self, claim: Claim) -> RayLeader | RankGroup:
         engine = self._plan.engine
-        if self._experts is not None:
+        if self._experts is not None and self._plan.expert_hosts:
             engine = msgspec.structs.replace(engine, experts=self._experts.plan)
         here = beside_me() if self._plan.by_role else {}
         leader = self._group(engine, claim) if engine.tensor_parallel > 1 else self._leader(engine, claim, **here)

@@ -38,7 +38,7 @@ def make_placement(
         # What is left over of an equal part goes to the first layers.
         room = [capacity[name] // len(loads) + (i < capacity[name] % len(loads)) for name in hosts]
         old = _homes_before(before, i, hosts) if before is not None and i < len(before.table) else None
-        table.append(_Layer(row, room, old).settle(enough))
+        table.append(_Layer(row, room, old, i).settle(enough))
     return Placement(before.version + 1 if before is not None else 1, tuple(layers), hosts, tuple(table))
 
 
@@ -91,7 +91,8 @@ def _homes_before(before: Placement, layer: int, hosts: Sequence[str]) -> list[l
 class _Layer:
     """One layer on its way to balance: homes of each expert, and how they share its rows."""
 
-    def __init__(self, loads: Sequence[float], room: list[int], before: list[list[int]] | None) -> None:
+    def __init__(self, loads: Sequence[float], room: list[int], before: list[list[int]] | None, number: int) -> None:
+        self._number = number
         self._loads = [float(load) for load in loads]
         self._room = room
         self._hosts = range(len(room))
@@ -235,7 +236,9 @@ class _Layer:
         single = self._by_load(e for e, of in enumerate(self._homes) if len(of) == 1)
         for _ in range(min(len(self._homes) // _SPARE - self._copies(), free // 2)):
             roomy = [h for h in self._hosts if self._used[h] < self._room[h]]
-            expert = min(single, key=lambda e: shared[self._homes[e][0]], default=None)
+            # Another host comes first in each layer, or the first one would get them all.
+            turn = self._number
+            expert = min(single, key=lambda e: (shared[h := self._homes[e][0]], (h + turn) % len(shared)), default=None)
             others = [h for h in roomy if expert is not None and h != self._homes[expert][0]]
             if expert is None or not others:
                 return

@@ -35,7 +35,8 @@ class HostState(msgspec.Struct, frozen=True):
 
 class ExpertsReport(msgspec.Struct, frozen=True):
     """A replica's experts. `experts` are those of each of `layers`; `rows[i][e]` were computed since the replica's
-    start, and only grow. `in_force` is the placement that its engine applies."""
+    start, and only grow. `in_force` is the placement that its engine applies. `at_ranks`: its hosts are the ranks of
+    its own group, as many as there are."""
 
     model: str
     replica: str
@@ -45,6 +46,7 @@ class ExpertsReport(msgspec.Struct, frozen=True):
     hosts: tuple[HostState, ...]
     rows: tuple[tuple[int, ...], ...]
     in_force: Placement | None = None
+    at_ranks: bool = False
 
 
 class ExpertsOrder(msgspec.Struct, frozen=True):
@@ -195,12 +197,17 @@ class Rebalancers:
     def scale(self, model: str, hosts: int) -> None:
         """How many hosts each replica of a model should have from now on.
 
-        Raises ConfigError where so few have no room for the experts or so many would have none, ModelNotFound where no
-        replica of that name has hosts.
+        Raises ConfigError where so few have no room for the experts or so many would have none, or where ranks have
+        them, ModelNotFound where no replica of that name has hosts.
         """
         reports = [r.report for r in self._replicas.values() if r.report is not None and r.report.model == model]
         if not reports:
             raise ModelNotFound(f"no replica of {model!r} has expert hosts; start it with --expert-hosts N")
+        if any(report.at_ranks for report in reports):
+            raise ConfigError(
+                f"the experts of {model!r} are at its {len(reports[0].hosts)} ranks (--expert-parallel), whose number "
+                "is fixed; start it with --expert-hosts N to have hosts that come and go"
+            )
         most = min(max(report.experts) for report in reports)
         if not 1 <= hosts <= most:
             raise ConfigError(f"{hosts} expert hosts for {most} experts in a layer; 1 to {most} can be had")

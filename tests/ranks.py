@@ -59,9 +59,9 @@ def shared_groups(size: int, capacity: int = 1 << 16, limit_s: float = 30.0) -> 
 class Divided:
     """A runner over all ranks, as one: whole logits, the leader's sizes."""
 
-    def __init__(self, leader: Runner) -> None:
-        self.leader = leader
-        self.blocks = leader.blocks
+    def __init__(self, runners: list[Runner]) -> None:
+        self.runners, self.leader = runners, runners[0]
+        self.blocks = self.leader.blocks
 
     @property
     def info(self) -> RunnerInfo:
@@ -90,7 +90,7 @@ def divided_runner(config: EngineConfig) -> Iterator[Divided]:
         for thread in threads:
             thread.start()
         try:
-            yield Divided(runners[0])
+            yield Divided(runners)
         finally:
             runners[0].close()
             for thread in threads:

@@ -22,7 +22,7 @@ from workers.cache.events import Changes
 from workers.engine import Engine, EngineConfig, EngineInfo, EngineStats
 from workers.engine.loop import EngineLoop
 from workers.engine.pulse import Pulse, one_sequence
-from workers.experts.placement import DispatchReport, HostsView
+from workers.experts.placement import DispatchReport, HoldOrder, HostReport, HostsView
 from workers.parallel.errors import GroupBroken
 from workers.parallel.meeting import Meeting, join, offer
 
@@ -159,7 +159,7 @@ class Leader:
         self._loop: EngineLoop | None = None
         self._wire: WireServer | None = None
         self._group: Group | None = None
-        self._experts: Any = None  # a workers.experts.dispatch.Dispatcher
+        self._experts: Any = None  # a workers.experts.dispatch.Dispatcher, or a workers.experts.spread.Spread
 
     async def meet(self, size: int, one_machine: bool, address: str) -> Meeting:
         """Offers a place where the ranks of its group find each other, before anyone is started."""
@@ -239,6 +239,10 @@ class Leader:
         if self._experts is not None:
             await asyncio.to_thread(self._experts.offer, msgspec.msgpack.decode(view, type=HostsView))
 
+    async def experts(self, order: HoldOrder | None = None) -> HostReport | None:
+        """This rank as an expert host of its group, after an order; None where it is not one, or not yet."""
+        return obey(self._experts, order)
+
     async def drain(self, seconds: float) -> bool:
         """Takes nothing new and waits up to `seconds` until all streams have ended; True when they have."""
         if self._loop is None:
@@ -278,7 +282,7 @@ class Rank:
         if own_process:
             os.environ["OMP_NUM_THREADS"] = str(config.threads or os.cpu_count() or 1)
         self._config, self._rank = config, rank
-        self._experts: Any = None  # a workers.experts.dispatch.Dispatcher
+        self._experts: Any = None  # as a Leader's
         self._stage: Stage = "starting"
         self._error: BaseException | None = None
         self._group: Group | None = None
@@ -304,10 +308,14 @@ class Rank:
         return self.report_now()
 
     async def place_experts(self, view: bytes) -> None:
-        """See `Leader.place_experts`. Ranks need not change over in the same step: rows are the same wherever they are
-        computed."""
+        """See `Leader.place_experts`. With experts on hosts ranks need not change over in the same step: rows are the
+        same wherever they are computed. Where the ranks have them, rank 0's plans say when."""
         if self._experts is not None:
             await asyncio.to_thread(self._experts.offer, msgspec.msgpack.decode(view, type=HostsView))
+
+    async def experts(self, order: HoldOrder | None = None) -> HostReport | None:
+        """See `Leader.experts`."""
+        return obey(self._experts, order)
 
     def report_now(self) -> RankReport:
         kind, said = words_of(self._error) if self._error is not None else ("", "")
@@ -331,6 +339,16 @@ class Rank:
 
     def _fail(self, error: BaseException) -> None:
         self._error, self._stage = error, "failed"
+
+
+def obey(experts: Any, order: HoldOrder | None) -> HostReport | None:
+    """What a rank that has whole experts does with an order, and its report then."""
+    if experts is None or not hasattr(experts, "host"):
+        return None
+    if order is not None:
+        (experts.keep if order.kept else experts.hold)(list(order.places))
+    report: HostReport = experts.host("")
+    return report
 
 
 def words_of(error: BaseException) -> tuple[str, str]:

@@ -25,9 +25,9 @@ def collector() -> Iterator[Collector]:
 def service(
     tmp_path_factory: pytest.TempPathFactory, text_model: Path, demo_model: Path, collector: Collector
 ) -> Iterator[Service]:
-    """Two replicas of `text`, and one of `shared`, the same model over two ranks, behind two gateways that want a
-    token; and the bundled model where it is there, as `demo` and, its experts on two hosts, as `apart`. Its spans go to
-    `collector`; its engines have a fault: see `fate`."""
+    """Two replicas of `text`, and one of `shared`, over two ranks, behind two gateways that want a token; and the
+    bundled model where it is there, as `demo`, as `apart`, its experts on two hosts, and as `shared`, its experts at
+    the ranks. Spans go to `collector`; engines have a fault: see `fate`."""
     place = tmp_path_factory.mktemp("service")
     tokens, config = place / "tokens", place / "service.yaml"
     tokens.write_text(f"# for tests\n{TOKEN} tester\n")
@@ -36,6 +36,7 @@ def service(
     if (demo_model / "model.safetensors").is_file():
         models["demo"] = {"path": str(demo_model)}
         models["apart"] = {"path": str(demo_model), "expert_hosts": 2}
+        models["shared"] = {"path": str(demo_model), "dtype": "float32", "tensor_parallel": 2, "expert_parallel": True}
     told = {"models": models, "gateways": 2, "tokens": str(tokens), "drain_seconds": 10}
     config.write_text(json.dumps(told | {"otlp_endpoint": collector.endpoint}))
     with running(place, ["--config", str(config), "--threads", "1"], fate.environment(place)) as made:

@@ -30,8 +30,13 @@ def apart(service: Service) -> Service:
 
 
 def placement(service: Service) -> admin_pb2.ExpertPlacement:
-    (found,) = service.status().experts
+    (found,) = (p for p in service.status().experts if p.model == "apart")
     return found
+
+
+def metric(service: Service, name: str) -> float:
+    labels = r"\{model=\"apart\",replica=\"apart-0\"\}"
+    return service.metric(f"understudy_expert_{name}{labels}")
 
 
 def settled(service: Service, hosts: int) -> bool:
@@ -69,9 +74,9 @@ def test_operators_see_hosts_and_placement(apart: Service) -> None:
     assert all(h.rows > 0 for h in now.hosts)
     assert 0 < now.balance <= 1
     assert hosts(apart) == {i: h.pid for i, h in enumerate(now.hosts)}
-    until(lambda: apart.metric("understudy_expert_hosts_ready") == 2)
-    assert apart.metric("understudy_expert_rebalance_age_seconds") > 0
-    until(lambda: apart.metric("understudy_expert_placement_version") >= now.version)  # told with the next beat
+    until(lambda: metric(apart, "hosts_ready") == 2)
+    assert metric(apart, "rebalance_age_seconds") > 0
+    until(lambda: metric(apart, "placement_version") >= now.version)  # told with the next beat
 
 
 def test_a_killed_host_costs_no_token_and_comes_back(apart: Service) -> None:
@@ -101,7 +106,7 @@ def test_hosts_are_added_and_removed_under_a_stream(apart: Service) -> None:
     with apart.client() as client:
         expected = answer(client, 20)
         scaled = subprocess.run(
-            [UNDERSTUDY, "experts", "--add", "1", "--json", "--admin", apart.admin],
+            [UNDERSTUDY, "experts", "--model", "apart", "--add", "1", "--json", "--admin", apart.admin],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert json.loads(scaled.stdout)["experts"][0]["hosts_wanted"] == 3
@@ -111,8 +116,9 @@ def test_hosts_are_added_and_removed_under_a_stream(apart: Service) -> None:
         assert answer(client, 20) == expected
         assert placement(apart).hosts[2].rows > 0
         subprocess.run(
-            [UNDERSTUDY, "experts", "--remove", "1", "--admin", apart.admin], check=True, capture_output=True
-        )
+            [UNDERSTUDY, "experts", "--model", "apart", "--remove", "1", "--admin", apart.admin],
+            check=True, capture_output=True,
+        )  # fmt: skip
         while not settled(apart, 2):
             assert answer(client, 20) == expected
         assert answer(client, 20) == expected

@@ -87,7 +87,7 @@ def open_store(config: EngineConfig, runner: Runner) -> BlockStore | None:
     import torch
 
     from workers.cache.store import BlockStore, main_group
-    from workers.engine.runner import available_memory
+    from workers.engine.sizes import available_memory
 
     if store.host_bytes is None:
         share, most = HOST_CACHE[torch.device(config.device).type]

@@ -33,6 +33,7 @@ from workers.engine.scheduler import Scheduler
 from workers.engine.sequence import Sequence, finish_of
 from workers.engine.ways import Ways, asks, not_opened
 from workers.experts.dispatch import Dispatcher
+from workers.experts.spread import Spread
 from workers.parallel.errors import GroupBroken
 
 log = logging.getLogger(__name__)
@@ -97,8 +98,8 @@ class EngineCore:
         return self._info
 
     @property
-    def experts(self) -> Dispatcher | None:
-        """Who sends rows to experts that are elsewhere."""
+    def experts(self) -> Dispatcher | Spread | None:
+        """Who knows where experts are, where those are not all here."""
         return getattr(self._runner, "experts", None)
 
     @property

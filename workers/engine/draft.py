@@ -30,8 +30,9 @@ from workers.cache.manager import BlockTable, CacheManager
 from workers.engine.contract import EngineConfig, Sampling
 from workers.engine.drafts import Ask
 from workers.engine.plan import Chunk, StepPlan
-from workers.engine.runner import CACHE_SHARE, Runner, RunnerInfo, available_memory, block_bytes
+from workers.engine.runner import Runner, RunnerInfo
 from workers.engine.sampler import Row, Sampler, SamplingOps
+from workers.engine.sizes import CACHE_SHARE, available_memory, block_bytes
 from workers.engine.speculate import Pace, agreeing
 from workers.kernels.choose import make_ops
 from workers.kernels.ops import BLOCK

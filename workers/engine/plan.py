@@ -44,7 +44,8 @@ class StepPlan:
     fields: `floors` (number of a load, index) gives up what that load has not yet brought of the blocks before the
     index, so that nobody but the step writes to them from now on; `saves` are copied out of the cache; `loads` begin,
     beside this and later steps. With `gather`, all ranks then tell the leader what has arrived at theirs. A block that
-    is being fetched is in no chunk of the plan.
+    is being fetched is in no chunk of the plan. Where whole experts are spread over the ranks, `experts` is the number
+    of the view of them that the step goes by.
     """
 
     step: int
@@ -53,6 +54,7 @@ class StepPlan:
     saves: list[Save] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
     gather: bool = False
+    experts: int = 0
 
     @property
     def orders(self) -> bool:

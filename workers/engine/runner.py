@@ -8,36 +8,32 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from understudy.errors import ConfigError
 from workers.cache.store import BlockStore
 from workers.engine.contract import EngineConfig
 from workers.engine.logits import Logits, collect
 from workers.engine.plan import Chunk, StepPlan
+from workers.engine.sizes import agreed, available_memory, block_bytes, cache_size, spare_experts
 from workers.engine.watch import Watch, WatchedOps
 from workers.experts.dispatch import Dispatcher
+from workers.experts.shelf import Shelf
+from workers.experts.spread import Spread
 from workers.kernels.choose import make_ops
 from workers.kernels.ops import BLOCK, Batch, KvCache, Ops
 from workers.model.config import read_spec
 from workers.model.decoder import Decoder, load_decoder
 from workers.model.load import Loader
 from workers.model.quantized import open_weights
-from workers.model.spec import ModelSpec
 from workers.parallel.errors import GroupBroken
 from workers.parallel.experts import shared_rows
 from workers.parallel.group import ALONE, Group
-from workers.parallel.share import ALONE as WHOLE
 from workers.parallel.share import Share, check_degree
 from workers.parallel.wire import decode_plan, encode_plan
 
 log = logging.getLogger(__name__)
-
-DEFAULT_MAX_RUNNING = 64  # sequences that the default cache has room for, each with a full context
-CACHE_SHARE = {"cpu": 0.25, "cuda": 0.8}  # at most, of the memory left beside the weights, without `cache_bytes`
 
 LoadProgress = Callable[[int, int], None]  # (bytes read, bytes in all)
 
@@ -81,7 +77,7 @@ class Runner:
         """`blocks` is the number of blocks of every cache group; tables hold ids in [0, blocks)."""
         spec, ops = decoder.spec, decoder.ops
         self.blocks = blocks
-        self.experts: Dispatcher | None = None  # whoever sends rows to experts that are elsewhere
+        self.experts: Dispatcher | Spread | None = None  # who knows where they are, where that is not here
         self._decoder: Decoder | None = decoder
         self._device = decoder.device
         self._group, self._share = decoder.group, decoder.share
@@ -146,8 +142,12 @@ class Runner:
                 progress(min(done * group.size, total), total)
 
         load = Loader(checkpoint, ops, device, read, share, group)
+        spread = None
         if elsewhere is not None:
             load.experts_factory = shared_rows(elsewhere.experts, share, group)
+        elif config.expert_parallel and not share.alone:
+            spread = Spread(Shelf(spec, load), share, group)
+            load.experts_factory = spread.experts
         try:
             decoder = load_decoder(spec, load, ops, max_context, device)
         except BaseException:
@@ -158,7 +158,10 @@ class Runner:
             progress(total, total)
         checkpoint.log_unused()
         runner = cls(decoder, blocks, checkpoint.fingerprint(spec), max_context)
-        runner.experts = elsewhere
+        runner.experts = elsewhere or spread
+        if spread is not None:
+            load.hush()
+            spread.start(spare_experts(spread.shelf, memory - blocks * runner.block_bytes))
         return runner
 
     @property
@@ -187,6 +190,8 @@ class Runner:
         if not plan.chunks and not plan.orders:
             return nothing
         step = self._prepare(plan) if plan.chunks else None
+        if isinstance(self.experts, Spread):
+            plan.experts = self.experts.latest()
         if not self.divided:
             self._obey(plan)
             return nothing if step is None else self._compute(step)
@@ -215,7 +220,9 @@ class Runner:
             raise GroupBroken(f"rank {self._group.rank} failed: {type(error).__name__}: {error}") from error
 
     def _obey(self, plan: StepPlan) -> None:
-        """Does what the plan says of the prefix store."""
+        """Does what the plan says of experts and the prefix store."""
+        if isinstance(self.experts, Spread):
+            self.experts.adopt(plan.experts)
         if self.store is not None and plan.orders:
             self.store.apply(plan.floors, plan.saves, plan.loads)
             if plan.gather:
@@ -349,64 +356,3 @@ def last_rows(ends: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.
     """The `counts[i]` rows before `ends[i]`, for every i: [2, 9], [1, 3] -> [1, 6, 7, 8]."""
     before = np.cumsum(counts)
     return np.arange(before[-1]) + np.repeat(ends - before, counts)
-
-
-def block_bytes(spec: ModelSpec, ops: Ops, share: Share = WHOLE) -> int:
-    """Bytes of one block of every cache group together, at one rank."""
-    a = share.attention(spec.attention)
-    latent = a.latent.rank if a.latent else None
-    return sum(ops.cache_block_bytes(len(g.layers), a.cache_heads, a.cache_dim, latent) for g in spec.groups)
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that can still be had: of the card, or of the machine within this control group's limit."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    available = int(psutil.virtual_memory().available)
-    left = left_in_group(Path("/sys/fs/cgroup"))
-    return available if left is None else min(available, left)
-
-
-def left_in_group(group: Path) -> int | None:
-    """Bytes that a control group (version 2) may still take; None where it has no limit.
-
-    Pages of files count as free: the kernel only keeps them until somebody wants the memory, and after a first start
-    they are the whole checkpoint.
-    """
-    limit, used = group / "memory.max", group / "memory.current"
-    if not (limit.is_file() and used.is_file()) or (text := limit.read_text().strip()) == "max":
-        return None
-    counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    files = sum(int(counts[name]) for name in ("active_file", "inactive_file"))
-    return max(0, int(text) - int(used.read_text()) + files)
-
-
-def agreed(size: tuple[int, int], group: Group) -> tuple[int, int]:
-    """The smallest (max_context, blocks) of all ranks."""
-    said = [[int(n) for n in message.split()] for message in group.exchange(f"{size[0]} {size[1]}".encode())]
-    return min(context for context, _ in said), min(blocks for _, blocks in said)
-
-
-def cache_size(spec: ModelSpec, ops: Ops, config: EngineConfig, memory: int, share: Share = WHOLE) -> tuple[int, int]:
-    """(max_context, blocks of each cache group) from what is given, the model and the bytes of `memory` left over.
-    `cache_bytes` is that of all ranks together."""
-    if config.max_context is not None and not 1 <= config.max_context <= spec.max_context:
-        raise ConfigError(f"max_context: {config.max_context} is not within 1 and the model's {spec.max_context}")
-    context = config.max_context or spec.max_context
-    each = block_bytes(spec, ops, share)
-    per_context = -(-context // BLOCK)
-    if config.cache_bytes is not None:
-        blocks = config.cache_bytes // share.size // each
-        given = f"cache_bytes: {config.cache_bytes}"
-    else:
-        share = int(memory * CACHE_SHARE[torch.device(config.device).type])
-        blocks = min(share // each, per_context * (config.max_running or DEFAULT_MAX_RUNNING))
-        given = f"cache_bytes is not given, and the cache's share of the memory that is left, {share} bytes,"
-    if blocks >= per_context:
-        return context, blocks
-    if config.max_context is not None or blocks < 1:
-        raise ConfigError(
-            f"{given} holds {max(0, blocks) * BLOCK} positions of {each // BLOCK} bytes, fewer than the context of "
-            f"{context}; give at least {per_context * each} bytes or a smaller max_context"
-        )
-    return blocks * BLOCK, blocks

@@ -4,15 +4,13 @@
 |---|---|
 | of each listening socket | lets engines in that know the secret |
 | of each connection | receives rows, computes, sends results |
-| loader | packs what was asked for ahead, one expert at a time |
+| of the keeper | packs what was asked for ahead, one expert at a time |
 | beat | tells engines whose rows take long that somebody is at it |
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import queue
 import socket
 import threading
 import time
@@ -20,12 +18,11 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 import msgspec
-import numpy as np
 import torch
 from torch import Tensor
 
-from understudy.errors import UnderstudyError
 from workers.experts.channel import Channel, ChannelError, Header, Hello, Kind, Listener, welcome
+from workers.experts.keeper import Keeper
 from workers.experts.placement import HostAddress, HostReport
 from workers.experts.shelf import Place, Shelf
 
@@ -49,11 +46,7 @@ class ExpertHost:
         self._listener = Listener(ip)
         self.address = HostAddress(name, life, self._listener.local, self._listener.tcp, capacity)
         self._hello = Hello(name, life, shelf.ops.numerics_id, shelf.spec.hidden)
-        self._slot = {layer: i for i, layer in enumerate(shelf.layers)}
-        self._rows = np.zeros((len(shelf.layers), max(shelf.experts, default=0)), np.int64)
-        self._asked: queue.SimpleQueue[Place | None] = queue.SimpleQueue()
-        self._wanted: set[Place] = set()
-        self._failure: Exception | None = None
+        self._keeper = Keeper(shelf, name)
         self._busy: dict[Channel, tuple[float, Header]] = {}  # since when, and for which question
         self._open: set[Channel] = set()
         self._lock = threading.Lock()
@@ -64,52 +57,25 @@ class ExpertHost:
         """Listens and loads."""
         for sock in self._listener.sockets:
             self._spawn(self._accept, sock)
-        self._spawn(self._load_ahead)
+        self._keeper.start()
         self._spawn(self._beat)
 
     def hold(self, places: Iterable[Place]) -> None:
-        """Loads experts in the background; those that are there stay. Returns at once: `report` tells how far it is."""
-        for place in places:
-            with self._lock:
-                self._wanted.add(place)
-            self._asked.put(place)
-
-    def release(self, places: Iterable[Place]) -> None:
-        """Gives experts back."""
-        gone = list(places)
-        with self._lock:
-            self._wanted.difference_update(gone)
-        self._shelf.drop(gone)
+        """See `Keeper.hold`."""
+        self._keeper.hold(places)
 
     def keep(self, places: Iterable[Place]) -> None:
-        """Gives all others back."""
-        kept = set(places)
-        with self._lock:
-            wanted = set(self._wanted)
-        self.release((wanted | self._shelf.held) - kept)
+        """See `Keeper.keep`."""
+        self._keeper.keep(places)
 
     def report(self) -> HostReport:
         """What is known right now; quick."""
-        held = self._shelf.held
-        with self._lock:
-            wanted, failure = set(self._wanted), self._failure
-        return HostReport(
-            self.address,
-            os.getpid(),
-            self._node,
-            len(held),
-            len(held | wanted),
-            self._shelf.expert_bytes,
-            tuple(map(tuple, self._rows.tolist())),
-            "" if failure is None else str(failure),
-            "" if failure is None else failure.kind if isinstance(failure, UnderstudyError) else "INTERNAL",
-        )
+        return self._keeper.report(self.address, self._node)
 
     def stop(self) -> None:
         """Closes every connection and waits for the threads. Idempotent."""
         self._stopped.set()
         self._listener.close()
-        self._asked.put(None)
         with self._lock:
             channels = list(self._open)
         for channel in channels:
@@ -117,6 +83,7 @@ class ExpertHost:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(10.0)
+        self._keeper.stop()
 
     # Threads ------------------------------------------------------------------------------------------------------
 
@@ -195,32 +162,7 @@ class ExpertHost:
         numbers = payload[: 8 * slots].view(torch.int32)
         rows, experts = numbers[:slots], numbers[slots:].numpy()
         x = payload[8 * slots :].view(shelf.ops.dtype).view(header.rows, shelf.spec.hidden)
-        device = shelf.device
-        with torch.inference_mode():
-            result = shelf.compute(header.layer, x.to(device), rows.to(device), experts)
-        counts = np.bincount(experts, minlength=self._rows.shape[1])
-        with self._lock:
-            self._rows[self._slot[header.layer]] += counts
-        return result.cpu()
-
-    def _load_ahead(self) -> None:
-        while (place := self._asked.get()) is not None and not self._stopped.is_set():
-            with self._lock:
-                wanted = place in self._wanted
-            try:
-                if wanted:
-                    self._shelf.load(place)
-                    with self._lock:
-                        stale = place not in self._wanted
-                    if stale:  # released while it was being packed
-                        self._shelf.drop([place])
-            except Exception as error:
-                log.error(
-                    "expert host %s cannot load expert %d of layer %d: %s", self.address.name, *place[::-1], error
-                )
-                with self._lock:
-                    self._failure = error
-                    self._wanted.discard(place)
+        return self._keeper.compute(header.layer, x.to(shelf.device), rows.to(shelf.device), experts).cpu()
 
     def _beat(self) -> None:
         while not self._stopped.wait(BEAT_S):

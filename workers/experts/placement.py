@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
+
+from workers.parallel.share import Share
 
 Homes = tuple[tuple[int, float], ...]  # of one expert: (index of a host, its share of the rows); shares sum to 1
 
@@ -37,9 +41,28 @@ class Placement(msgspec.Struct, frozen=True):
         return sum(len(homes) for row in self.table for homes in row)
 
 
+def rank_name(rank: int) -> str:
+    """A rank as the host of a placement."""
+    return f"r{rank}"
+
+
+def rank_of(name: str) -> int:
+    """The inverse."""
+    return int(name[1:])
+
+
+def spread_placement(layers: Sequence[int], experts: Sequence[int], ranks: int) -> Placement:
+    """Where whole experts lie when the ranks of a group have just loaded them: in runs, `experts[i]` of `layers[i]`."""
+    share = Share(size=ranks)
+    table = tuple(
+        tuple(((rank, 1.0),) for rank in range(ranks) for _ in share.of_rank(count, rank)) for count in experts
+    )
+    return Placement(1, tuple(layers), tuple(map(rank_name, range(ranks))), table)
+
+
 class HostAddress(msgspec.Struct, frozen=True):
     """One life of a host: `life` counts them. `local` is the name of its socket on its own node, `tcp` HOST:PORT.
-    `capacity` is how many experts it has room for."""
+    `capacity` is how many experts it has room for. A rank that is a host has no socket: both are empty."""
 
     name: str
     life: int
@@ -85,6 +108,13 @@ class HostReport(msgspec.Struct, frozen=True):
     rows: tuple[tuple[int, ...], ...]
     failure: str = ""
     failure_kind: str = ""
+
+
+class HoldOrder(msgspec.Struct, frozen=True):
+    """What a rank of a group should have: `places`, as (layer, expert), beside what it has; with `kept` no others."""
+
+    places: tuple[tuple[int, int], ...]
+    kept: bool = False
 
 
 class DispatchReport(msgspec.Struct, frozen=True):

@@ -89,7 +89,7 @@ def open_host(plan: HostPlan, ip: str) -> ExpertHost:
     """A host with nothing on its shelf. Brings torch into the process. Raises CheckpointError, ConfigError."""
     import torch
 
-    from workers.engine.runner import available_memory
+    from workers.engine.sizes import available_memory
     from workers.experts.host import ExpertHost
     from workers.experts.shelf import Shelf
     from workers.kernels.choose import make_ops

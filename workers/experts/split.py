@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from workers.experts.placement import Homes
 
 NOBODY = -1
-READ_ROWS = 6  # what an expert costs beside its rows, in rows: its weights have to be read
+READ_ROWS = 3  # what reading an expert's weights costs, in rows: 2 with AVX2, more where rows are fast
 _LEAST_PART = 4 * READ_ROWS  # rows that are worth reading an expert's weights at one more host
 
 

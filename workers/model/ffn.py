@@ -13,7 +13,7 @@ from workers.model.load import Loader
 from workers.model.names import Names
 from workers.model.spec import DenseFfn, ModelSpec, MoeFfn, Route
 from workers.model.weights import Part
-from workers.parallel.experts import SlicedExperts, SpreadExperts
+from workers.parallel.experts import SlicedExperts
 
 _SIGMOID = Route(top_k=1, scoring="sigmoid", renormalize=False)  # of the one logit of a shared expert's gate
 
@@ -193,23 +193,17 @@ class _Each(Sequence[Any]):
 
 
 def load_experts(ffn: MoeFfn, hidden: int, prefix: str, load: Loader) -> Experts:
-    """Packs this rank's experts of the layer `prefix`, or its part of each."""
+    """Packs the experts of the layer `prefix`, or this rank's part of each."""
     share = load.share
     if share.alone:
         return pack_experts(ffn, hidden, prefix, load)
-    if share.whole_experts:
-        mine = pack_experts(ffn, hidden, prefix, load, share.some(ffn.experts))
-        return SpreadExperts(mine, ffn.experts, share, load.group, load.ops)
-    parts = [pack_experts(ffn, hidden, prefix, load, columns=columns) for columns in share.summed(ffn.size)]
+    parts = [pack_experts(ffn, hidden, prefix, load, columns) for columns in share.summed(ffn.size)]
     return SlicedExperts(parts, load.group)
 
 
-def pack_experts(
-    ffn: MoeFfn, hidden: int, prefix: str, load: Loader, some: range | None = None, columns: range | None = None
-) -> Experts:
-    """Experts `some` (None: all) of the layer `prefix`, or these columns of each."""
-    numbers = some or range(ffn.experts)
-    each = _Each(len(numbers), lambda i: expert_weights(ffn, hidden, prefix, load, numbers[i], columns))
+def pack_experts(ffn: MoeFfn, hidden: int, prefix: str, load: Loader, columns: range | None = None) -> Experts:
+    """All experts of the layer `prefix`, or these columns of each."""
+    each = _Each(ffn.experts, lambda i: expert_weights(ffn, hidden, prefix, load, i, columns))
     gate, up, down = (each.then(lambda w, part=part: getattr(w, part)) for part in ("gate", "up", "down"))
     biases = None
     if ffn.bias:

@@ -50,6 +50,10 @@ class Loader:
         """The same tensors for operations in float32."""
         return Loader(self._source, self.ops.wide, self._device, self._progress, self.share, self.group)
 
+    def hush(self) -> None:
+        """Nobody hears of what is read from now on."""
+        self._progress = None
+
     def has(self, name: str) -> bool:
         return name in self._source
 

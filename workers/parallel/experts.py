@@ -1,4 +1,5 @@
-"""Experts of one layer over the ranks: whole ones spread, or a slice of each at every rank.
+"""Experts of one layer and the ranks: a slice of each at every rank, or experts elsewhere that all ranks ask. Whole
+experts over the ranks are in `workers.experts.spread`.
 
 T rows, H hidden, E experts, k slots per row.
 """
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.kernels.ops import Experts, Ops, PackedExperts
+from workers.kernels.ops import Experts
 from workers.parallel.group import Group, tree_sum
 from workers.parallel.share import Share
 
@@ -26,35 +27,6 @@ class SlicedExperts:
         """x [T, H], ids int32 [T, k], weights float32 [T, k] -> [T, H]"""
         sums = [part(x, ids, weights) for part in self._parts]
         return self._group.sum(sums[0] if len(sums) == 1 else tree_sum(sums), x.dtype)
-
-
-class SpreadExperts:
-    """Each expert lies whole at one rank, which computes the rows that chose it; every rank gets all rows' outputs and
-    adds them in the order of the gate's slots, so that the result has the bits of one process."""
-
-    def __init__(self, mine: PackedExperts, experts: int, share: Share, group: Group, ops: Ops) -> None:
-        """`mine`: this rank's, `share.some(experts)`."""
-        self._mine, self._group, self._ops = mine, group, ops
-        spread = [share.of_rank(experts, rank) for rank in range(share.size)]
-        self._rank_of = torch.tensor([rank for rank, some in enumerate(spread) for _ in some])
-        self._first = spread[share.rank].start
-
-    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """x [T, H], ids int32 [T, k], weights float32 [T, k] -> [T, H]"""
-        t, k = ids.shape
-        slots = ids.reshape(-1).long()
-        ranks = self._rank_of.to(slots.device)[slots]
-        order = torch.argsort(ranks, stable=True)
-        counts = torch.bincount(ranks, minlength=self._group.size).tolist()
-        begin = sum(counts[: self._group.rank])
-        here = order[begin : begin + counts[self._group.rank]]
-        rows = x[:0]
-        if len(here):
-            chosen = (slots[here] - self._first).to(torch.int32)
-            rows = self._mine.slots(x, (here // k).to(torch.int32), chosen)
-        outputs = x.new_empty(t * k, x.shape[1])
-        outputs[order] = torch.cat(self._group.gather(rows, counts=counts))
-        return self._ops.combine(outputs.view(t, k, -1), weights)
 
 
 class SharedRows:

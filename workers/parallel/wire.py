@@ -30,6 +30,7 @@ class _Plan(msgspec.Struct, array_like=True):
     saves: list[Save]
     loads: list[Load]
     gather: bool
+    experts: int
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -48,7 +49,7 @@ def encode_plan(plan: StepPlan) -> bytes:
                 )
                 for c in plan.chunks
             ],
-            plan.floors, plan.saves, plan.loads, plan.gather,
+            plan.floors, plan.saves, plan.loads, plan.gather, plan.experts,
         )
     )  # fmt: skip
 
@@ -65,5 +66,5 @@ def decode_plan(message: bytes) -> StepPlan:
             )
             for c in plan.chunks
         ],
-        plan.floors, plan.saves, plan.loads, plan.gather,
+        plan.floors, plan.saves, plan.loads, plan.gather, plan.experts,
     )  # fmt: skip

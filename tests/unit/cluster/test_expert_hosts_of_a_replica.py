@@ -168,7 +168,7 @@ async def test_hosts_hold_all_experts_and_are_told_of(stage: Stage, want: torch.
     await stage.start()
     assert torch.equal(await stage.step(), want)
     await stage.until(lambda: stage.settled(1, 2))
-    assert stage.view.copies == 24
+    assert stage.view.copies == 27, "one in eight has a second home"
     assert sum(h.rows for h in stage.view.hosts) == 3 * 29 * 2 or await stage.step() is not None
     assert [(p.role, p.replica, p.rank) for p in stage.hosts.processes()] == [
         ("expert_host", "m-0", 0), ("expert_host", "m-0", 1)
@@ -189,7 +189,7 @@ async def test_a_lost_host_is_replaced_and_gets_its_experts_back(stage: Stage, w
     await stage.until(lambda: stage.view.hosts[0].life == 2 and stage.settled(1, 2))
     assert torch.equal(await stage.step(), want)
     assert stage.ports["h0", 2].host.report().rows != ((0,) * 8,) * 3
-    assert stage.ports["h1", 1].host.report().held == 12, "what it stood in for is given back"
+    assert stage.ports["h1", 1].host.report().held in (13, 14), "what it stood in for is given back"
 
 
 async def test_hosts_are_added_and_removed(stage: Stage, want: torch.Tensor) -> None:
@@ -214,7 +214,7 @@ async def test_without_a_router_the_last_placement_stays_and_hosts_are_replaced(
     first.dead = True
     first.host.stop()
     assert torch.equal(await stage.step(), want)
-    await stage.until(lambda: ("h0", 2) in stage.ports and stage.ports["h0", 2].host.report().held == 12)
+    await stage.until(lambda: ("h0", 2) in stage.ports and stage.ports["h0", 2].host.report().held in (13, 14))
     stage.rebalancers = Rebalancers(lambda: stage.now)  # it has lost its memory
     stage.router_gone = False
     await stage.until(lambda: stage.rebalancers.views() and stage.settled(1, 2))

@@ -270,7 +270,7 @@ def host(mixture: Path) -> Iterator[ExpertHost]:
 def test_it_holds_what_it_was_given_and_gives_it_back(host: ExpertHost) -> None:
     host.hold([(0, 1), (2, 7), (0, 1)])
     until(lambda: host.report().held == 2)
-    host.release([(0, 1), (1, 1)])
+    host.keep([(2, 7)])
     assert host.report().held == 1
     assert host.report().expert_bytes == 3 * 32 * 16 * 4
 

@@ -82,8 +82,8 @@ def test_every_parameter_of_a_checkpoint_is_counted(demo_model: Path, oracles: P
 def test_a_token_takes_of_the_cache_what_the_engine_says(demo_model: Path, size: int) -> None:
     import torch
 
-    from workers.engine.runner import CACHE_SHARE as ENGINES
-    from workers.engine.runner import block_bytes
+    from workers.engine.sizes import CACHE_SHARE as ENGINES
+    from workers.engine.sizes import block_bytes
     from workers.kernels.plain import PlainOps
     from workers.parallel.share import Share
 

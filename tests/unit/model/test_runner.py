@@ -13,7 +13,8 @@ from tiny_checkpoint import tensors, write
 from understudy.errors import ConfigError
 from workers.engine.contract import EngineConfig
 from workers.engine.plan import Chunk, StepPlan
-from workers.engine.runner import Runner, cache_size, left_in_group
+from workers.engine.runner import Runner
+from workers.engine.sizes import cache_size, left_in_group
 from workers.kernels.plain import PlainOps
 from workers.model.config import read_spec
 from workers.model.weights import Checkpoint, Part
