@@ -2,11 +2,13 @@
 many hosts.
 
     python bench/experts.py engine      # an engine with its experts on 2 hosts beside the same engine with them at home
+    python bench/experts.py engine --size olmoe       # the same with experts as large as OLMoE-1B-7B's, of 2 layers
     python bench/experts.py simulate    # balance, moves and throughput of 8 to 256 hosts, computed
 
-`engine`: a checkpoint of OLMoE's kind with random bf16 weights (64 experts of 1024 x 512, 8 for a token, 4 layers,
-428 M parameters; made on the first run), 16 sequences, 16 tokens in, 64 more out, greedy. At home: one process with all
-CPUs. Apart: a leader with as many threads, and 2 hosts that share the CPUs. Runs of the two take turns.
+`engine`: a checkpoint of OLMoE's kind with random bf16 weights (64 experts, 8 for a token; of 1024 x 512 in 4 layers,
+428 M parameters, or of 2048 x 1024 in 2 layers, 873 M; made on the first run), 16 sequences, 16 tokens in, 64 more out,
+greedy. At home: one process with all CPUs. Apart: a leader with as many threads, and 2 hosts that share the CPUs. Runs
+of the two take turns.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "understudy" / "bench"
 SHAPE = {
     "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "vocab_size": 8192, "hidden_size": 1024,
     "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 16,
@@ -32,6 +35,10 @@ SHAPE = {
     "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False, "hidden_act": "silu",
     "torch_dtype": "bfloat16", "eos_token_id": None,
 }  # fmt: skip
+SIZES: dict[str, dict[str, int]] = {
+    "small": {},
+    "olmoe": {"hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 2},  # its config.json has 16
+}
 
 
 # An engine on this machine --------------------------------------------------------------------------------------------
@@ -155,13 +162,15 @@ def engine_command(arguments: argparse.Namespace) -> None:
     from workers.engine.contract import EngineConfig
     from workers.experts.placement import ExpertsPlan, HostsView
 
+    SHAPE.update(SIZES[arguments.size])
+    arguments.checkpoint = arguments.checkpoint or CACHE / f"{arguments.size}-64x8-random"
     write_checkpoint(arguments.checkpoint)
     cpus, secret = len(os.sched_getaffinity(0)), "bench"
     layers, experts = range(SHAPE["num_hidden_layers"]), SHAPE["num_experts"]
     config = EngineConfig(
         model_dir=str(arguments.checkpoint), threads=cpus, max_running=16, cache_bytes=256 << 20, chunk_tokens=256
     )
-    hosts = Hosts(arguments.checkpoint, 2, max(1, cpus // 2), secret)
+    hosts = Hosts(arguments.checkpoint, 2, arguments.host_threads or max(1, cpus // 2), secret)
     try:
         capacity = {a.name: a.capacity for a in hosts.addresses}
         placement = make_placement(None, layers, [[1.0] * experts for _ in layers], capacity)
@@ -180,13 +189,15 @@ def engine_command(arguments: argparse.Namespace) -> None:
             for name, engine in (("home", home), ("apart", apart)):
                 before = cpu_seconds(hosts)
                 rate, _, tokens[name] = run_b16(engine, f"{name}{turn}")
-                rates[name].append(rate)
+                rates[name].append(round(rate, 1))
                 cpu[name] += cpu_seconds(hosts) - before
         if tokens["home"] != tokens["apart"]:
             raise RuntimeError("the tokens differ")
+        ratios = sorted(apart / home for home, apart in zip(rates["home"], rates["apart"], strict=True))
         best = {name: max(each) for name, each in rates.items()}
         print(json.dumps({"torch": torch.__version__, "cpus": cpus, "tokens_per_second": rates}, indent=1))
         print(f"at home {best['home']:.1f} tokens/s, apart {best['apart']:.1f}: {best['apart'] / best['home']:.2f}")
+        print(f"of {len(ratios)} pairs {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
         print(f"CPU time of all processes, apart over at home: {cpu['apart'] / cpu['home']:.2f}")
         print(f"one exchange with nothing to compute: {empty_exchange(apart):.0f} us")
         kill_and_switch(apart, hosts, placement, plan)
@@ -315,8 +326,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     engine = commands.add_parser("engine")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "understudy" / "bench"
-    engine.add_argument("--checkpoint", type=Path, default=cache / "olmoe-64x8-random")
+    engine.add_argument("--size", choices=SIZES, default="small")
+    engine.add_argument("--checkpoint", type=Path)
+    engine.add_argument("--host-threads", type=int, help="of each host; without it they share the CPUs")
     engine.add_argument("--repeat", type=int, default=4)
     engine.set_defaults(run=engine_command)
     simulate = commands.add_parser("simulate")

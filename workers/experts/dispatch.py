@@ -64,6 +64,7 @@ class Dispatcher:
         self._under_way: _Exchange | None = None
         self._in_step, self._touched = False, clock()
         self._sequence = self._exchanges = self._moved = 0
+        self._room = np.empty(0, np.uint8)
 
     # What others say ----------------------------------------------------------------------------------------------
 
@@ -94,10 +95,6 @@ class Dispatcher:
         """The experts of a layer, as `workers.model.load.Loader.experts_factory`."""
         layer = int(prefix.rpartition(".")[2])
         return RemoteExperts(self, layer)
-
-    def count(self, layer: int) -> int:
-        """How many experts a layer has."""
-        return len(self._view.placement.table[self._slot[layer]])
 
     def begin(self, layer: int, x: Tensor, ids: Tensor) -> _Exchange:
         """Sends a layer's rows."""
@@ -155,6 +152,13 @@ class Dispatcher:
                 self._links.ask_to_load(host, places)
         return table
 
+    def room(self, rows: int, width: int) -> NDArray[np.uint8]:
+        """For an exchange's results, of which there is one at a time: memory that is new for each would cost more than
+        what is done with it."""
+        if len(self._room) < rows * width:
+            self._room = np.empty(2 * rows * width, np.uint8)
+        return self._room[: rows * width].reshape(rows, width)
+
     def _next_sequence(self) -> int:
         self._sequence += 1
         return self._sequence
@@ -167,14 +171,12 @@ class _Exchange:
         self._d, self._layer = dispatcher, layer
         self._k = ids.shape[1]
         self._experts = ids.reshape(-1).cpu().numpy()
-        if len(self._experts) and not (self._experts.min() >= 0 and self._experts.max() < dispatcher.count(layer)):
-            raise IndexError(f"an expert's id is outside of 0 .. {dispatcher.count(layer) - 1}")
         self._device = x.device
         # Rows are moved as bytes, by numpy: torch would wake its threads, which then spin on the hosts' cores.
         self._x: NDArray[np.uint8] = x.contiguous().cpu().view(torch.uint8).numpy()
         self._deadline: float | None = None
         self._refusal = ""
-        self._out = np.empty((len(self._experts), self._x.shape[1]), np.uint8)
+        self._out = dispatcher.room(len(self._experts), self._x.shape[1])
         self._dtype = x.dtype
         self._parts: list[_Part] = []
         self._unsent = np.arange(len(self._experts))

@@ -12,6 +12,7 @@ from workers.experts.placement import Homes
 
 NOBODY = -1
 READ_ROWS = 3  # what reading an expert's weights costs, in rows: 2 with AVX2, more where rows are fast
+_ROUNDS = 2  # in which rows are poured anew
 _LEAST_PART = 4 * READ_ROWS  # rows that are worth reading an expert's weights at one more host
 
 
@@ -36,14 +37,17 @@ class Split:
         self._turn = 0
 
     def __call__(self, experts: NDArray[np.int32]) -> NDArray[np.int64]:
-        """The host of each row; NOBODY where its expert has none. experts: [S] -> [S]"""
+        """The host of each row; NOBODY where its expert has none. experts: [S] -> [S]. Raises IndexError for an expert
+        that there is not."""
+        hosts: NDArray[np.int64] = self._only[experts.view(np.uint32)]  # of which a negative one is too large as well
         if not self._several or not len(experts):
-            return self._only[experts]
+            return hosts
         counts = np.bincount(experts, minlength=len(self._only))
         costs = np.where(counts > 0, counts + READ_ROWS, 0)
         loads = np.bincount(self._only - NOBODY, costs, self._hosts - NOBODY)[-NOBODY:].tolist()
         wanted = counts[self._numbers]
-        host_of, parted = self._only.copy(), []
+        host_of = self._only.copy()
+        many: dict[int, tuple[int, list[int], list[tuple[int, int]]]] = {}  # experts with many rows, and where those go
         self._turn = (self._turn + 1) % self._hosts
         for i in np.argsort(-wanted, kind="stable").tolist():
             rows = int(wanted[i])
@@ -52,10 +56,15 @@ class Split:
             expert, of = self._several[i]
             parts = self._pour(rows, of, loads)
             host_of[expert] = parts[0][0]
-            if len(parts) > 1:
-                parted.append((expert, parts))
+            if rows >= 2 * _LEAST_PART:
+                many[expert] = rows, of, parts
+        for _ in range(_ROUNDS):  # those that came first did not know of the others
+            for expert, (rows, of, parts) in many.items():
+                for host, count in parts:
+                    loads[host] -= READ_ROWS + count
+                many[expert] = rows, of, self._pour(rows, of, loads)
         hosts = host_of[experts]
-        for expert, parts in parted:
+        for expert, (_, _, parts) in many.items():
             hosts[experts == expert] = np.repeat([host for host, _ in parts], [count for _, count in parts])
         return hosts
 
