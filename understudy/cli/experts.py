@@ -29,7 +29,7 @@ def experts(
     tls_key: TlsKey = None,
     timeout: Timeout = 10.0,
 ) -> None:
-    """Show which hosts serve a mixture's experts; add or remove some while requests run."""
+    """Show which hosts, or ranks, have a mixture's experts; add or remove hosts while requests run."""
     with Connection(admin, token, tls, tls_ca, tls_cert, tls_key, timeout).open() as client:
         found = placements(client.status().experts, model)
         if add or remove:
@@ -49,7 +49,10 @@ def placements(known: Sequence[admin_pb2.ExpertPlacement], model: str) -> list[a
     """Those of one model. Raises ModelNotFound."""
     models = list(dict.fromkeys(p.model for p in known))
     if not models:
-        raise ModelNotFound("no model has expert hosts; start the service with --expert-hosts N")
+        raise ModelNotFound(
+            "no model has expert hosts; start the service with --expert-hosts N, or with --tensor-parallel N "
+            "--expert-parallel, which makes hosts of the ranks"
+        )
     if model not in models and (model or len(models) > 1):
         raise ModelNotFound(f"--model {model or '(none)'}: models with expert hosts are {', '.join(models)}")
     return [p for p in known if p.model == (model or models[0])]
