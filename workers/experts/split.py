@@ -39,7 +39,7 @@ class Split:
     def __call__(self, experts: NDArray[np.int32]) -> NDArray[np.int64]:
         """The host of each row; NOBODY where its expert has none. experts: [S] -> [S]. Raises IndexError for an expert
         that there is not."""
-        hosts: NDArray[np.int64] = self._only[experts.view(np.uint32)]  # of which a negative one is too large as well
+        hosts: NDArray[np.int64] = self._only[experts.astype(np.uint32)]  # a negative one becomes too large
         if not self._several or not len(experts):
             return hosts
         counts = np.bincount(experts, minlength=len(self._only))

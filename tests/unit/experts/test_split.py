@@ -46,6 +46,15 @@ def test_every_row_goes_to_a_home_of_its_expert(case: tuple[list[Homes], list[np
         assert np.array_equal(hosts, again(experts)), "the same history, the same split"
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("table", [homes((0,), (1,)), homes((0, 1), (1,))])
+def test_an_expert_that_there_is_not_is_refused(table: list[Homes], dtype: type) -> None:
+    for wrong in (2, -1):
+        with pytest.raises(IndexError):
+            Split(table)(np.array([0, wrong], dtype))
+    assert len(Split(table)(np.array([0, 1], dtype))) == 2
+
+
 def test_few_rows_of_an_expert_stay_together_and_even_out_what_others_leave() -> None:
     """Experts 0 to 4 are at host 0 alone, 5 and 6 at host 1; 7 to 9 at both."""
     split = Split(homes(*[(0,)] * 5, *[(1,)] * 2, *[(0, 1)] * 3))
