@@ -11,6 +11,7 @@ import msgspec
 
 from cluster.directory import Directory
 from cluster.expert_hosts import ExpertHosts
+from cluster.expert_ports import HostPort
 from cluster.group import RankGroup
 from cluster.plan import EXPERT_HOST_PLACE, ReplicaPlan, node_address
 from understudy.errors import FROM_KIND, InternalError
@@ -98,32 +99,18 @@ class RankHost:
         return None if group is None else await group.experts(self._rank, order)
 
 
-def open_ranks(plan: ReplicaPlan, router: Directory) -> ExpertHosts:
-    """The ranks of one replica as hosts of its experts."""
-    engine = plan.engine
-    layers, experts = expert_layers(read_spec(Path(engine.model_dir)))
+def open_ranks(plan: ReplicaPlan, router: Directory, group: Callable[[], RankGroup | None]) -> ExpertHosts:
+    """The ranks of one replica as hosts of its experts; `group` once there is one."""
 
     def start(name: str, _life: int) -> RankHost:
-        return RankHost(lambda: hosts.leader, rank_of(name))  # type: ignore[arg-type,return-value]
+        return RankHost(group, rank_of(name))
 
-    hosts = ExpertHosts(
-        model=plan.model,
-        layers=layers,
-        experts=experts,
-        count=engine.tensor_parallel,
-        secret=plan.secret,
-        start_host=start,
-        router=router,
-        node=node_address(plan.loopback),
-        at_ranks=True,
-    )
-    return hosts
+    return _hosts(plan, router, plan.engine.tensor_parallel, start, at_ranks=True)
 
 
 def open_hosts(plan: ReplicaPlan, router: Directory) -> ExpertHosts:
     """The hosts of one replica, not yet started."""
     engine = plan.engine
-    layers, experts = expert_layers(read_spec(Path(engine.model_dir)))
     # On one machine Ray's count of CPUs decides nothing: threads do. In a cluster it keeps hosts apart.
     cpus = 0.01 if plan.loopback else float(plan.host_threads or 1)
 
@@ -143,14 +130,22 @@ def open_hosts(plan: ReplicaPlan, router: Directory) -> ExpertHosts:
         actor = expert_host_actor(num_cpus=cpus, num_gpus=plan.leader_gpus, resources=resources)
         return RayHost(actor.remote(host, plan.loopback))
 
+    return _hosts(plan, router, plan.expert_hosts, start)
+
+
+def _hosts(
+    plan: ReplicaPlan, router: Directory, count: int, start: Callable[[str, int], HostPort], at_ranks: bool = False
+) -> ExpertHosts:
+    layers, experts = expert_layers(read_spec(Path(plan.engine.model_dir)))
     return ExpertHosts(
         model=plan.model,
         layers=layers,
         experts=experts,
-        count=plan.expert_hosts,
+        count=count,
         secret=plan.secret,
         start_host=start,
         router=router,
         node=node_address(plan.loopback),
         dispatch_silence_s=plan.heartbeat_timeout,
+        at_ranks=at_ranks,
     )

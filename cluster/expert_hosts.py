@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
 
+from cluster.expert_ports import ExpertsRouter, HostPort, LeaderPlaces
 from cluster.roster import Claim, ProcessInfo
-from router.rebalance import ExpertsOrder, ExpertsReport, HostState
+from router.rebalance import ExpertsReport, HostState
 from understudy.errors import ConfigError, Unavailable, UnderstudyError
 from workers.experts.placement import (
     DispatchReport,
@@ -35,34 +35,6 @@ from workers.experts.placement import (
 log = logging.getLogger(__name__)
 
 _AGAIN_S = (0.0, 1.0, 3.0, 10.0, 30.0)  # before a lost host is started again, by failures in a row
-
-
-class HostPort(Protocol):
-    """A host in a process of its own. Any call raises ConnectionError when that process is gone."""
-
-    async def start(self) -> HostReport:
-        """Raises UnderstudyError where it cannot serve."""
-
-    async def report(self) -> HostReport: ...
-
-    async def hold(self, places: list[tuple[int, int]]) -> None: ...
-
-    async def keep(self, places: list[tuple[int, int]]) -> None: ...
-
-    def kill(self) -> None:
-        """Ends the process now. Idempotent."""
-
-
-class LeaderPlaces(Protocol):
-    """The leader, as far as its experts go. Raises ConnectionError when it is gone."""
-
-    async def place_experts(self, view: HostsView) -> None: ...
-
-
-class ExpertsRouter(Protocol):
-    """The router actor, as far as experts go. Raises ConnectionError when it cannot be reached."""
-
-    async def experts(self, report: ExpertsReport) -> ExpertsOrder: ...
 
 
 @dataclass
@@ -125,7 +97,7 @@ class ExpertHosts:
         self._told: HostsView | None = None  # the last that the leader was given
         self._numbers = 0
         self._failure: UnderstudyError | None = None
-        self.leader: LeaderPlaces | None = None
+        self._leader: LeaderPlaces | None = None
         self._tending: asyncio.Task[None] | None = None
         self._dispatch: Callable[[], DispatchReport | None] = lambda: None
         self._scale(count)
@@ -138,7 +110,9 @@ class ExpertHosts:
         Raises the first host's error, or Unavailable where a host's process ended.
         """
         self._claim = claim
-        while not self._at_ranks:
+        if self._at_ranks:  # they load with the leader
+            return
+        while True:
             await self.tend()
             if self._failure is not None:
                 raise self._failure
@@ -158,7 +132,7 @@ class ExpertHosts:
     def attach(self, leader: LeaderPlaces, dispatch: Callable[[], DispatchReport | None]) -> None:
         """Whom to tell of placements, and what its dispatcher last said of itself. From now on hosts are looked after
         until `stop`."""
-        self.leader, self._dispatch = leader, dispatch
+        self._leader, self._dispatch = leader, dispatch
         self._tending = asyncio.create_task(self._run(), name="expert hosts")
 
     async def _run(self) -> None:
@@ -345,7 +319,7 @@ class ExpertHosts:
 
     async def _switch(self) -> None:
         """Tells the leader, once all that the target needs is there."""
-        target, leader, told = self._target, self.leader, self._told
+        target, leader, told = self._target, self._leader, self._told
         if target is None or leader is None:
             return
         if told is None:  # of ranks, once all have said who they are

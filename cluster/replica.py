@@ -159,11 +159,12 @@ class Replica:
 
         configure()
         self._plan, self._directory = plan, find(plan.namespace)
+        self._ranks: RankGroup | None = None
         self._experts: ExpertHosts | None = None
         if plan.expert_hosts:
             self._experts = open_hosts(plan, self._directory)
         elif plan.engine.expert_parallel:
-            self._experts = open_ranks(plan, self._directory)
+            self._experts = open_ranks(plan, self._directory, lambda: self._ranks)
         self._supervisor = Supervisor(
             model=plan.model,
             holder=serve.get_replica_context().replica_id.unique_id,
@@ -232,7 +233,8 @@ class Replica:
                 others.append(RayRank(actor.remote(engine, rank)))
             return Ranks(first, others, place.nodes, place.one_machine, place.address)
 
-        return RankGroup(ranks, place.clear)
+        self._ranks = RankGroup(ranks, place.clear)
+        return self._ranks
 
     async def check_health(self) -> None:
         """Asked by Serve every second."""
