@@ -60,7 +60,7 @@ def test_streams_go_on_when_a_leader_is_killed(whole: Service) -> None:
             for _ in stream:
                 pass
         assert [s.completion().choices[0].token_ids for s in streams] == expected * 3
-    until(lambda: ready(whole).get(victim, 0) == before[victim] + 1)
+    until(lambda: ready(whole).get(victim, 0) > before[victim])  # a router that was restarted leaves a gap
     assert ready(whole)[other] == before[other], "the other one was left alone"
     until(lambda: whole.metric("understudy_failovers_total") > failovers)
 
