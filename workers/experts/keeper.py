@@ -6,6 +6,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Iterable
 
 import numpy as np
@@ -19,6 +20,8 @@ from workers.experts.shelf import Place, Shelf
 
 log = logging.getLogger(__name__)
 
+_BUSY_S = 1.0  # since rows were asked for
+
 
 class Keeper:
     """`start`, then `hold` and `keep` as the placement wants it, at last `stop`. For any thread."""
@@ -31,6 +34,7 @@ class Keeper:
         self._asked: queue.SimpleQueue[Place | None] = queue.SimpleQueue()
         self._wanted: set[Place] = set()
         self._failure: Exception | None = None
+        self._computed = -_BUSY_S  # when rows were last asked for
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -63,6 +67,7 @@ class Keeper:
 
     def compute(self, layer: int, x: Tensor, rows: Tensor, experts: NDArray[np.int32]) -> Tensor:
         """See `Shelf.compute`; counts the rows."""
+        self._computed = time.monotonic()
         with torch.inference_mode():
             result = self.shelf.compute(layer, x, rows, experts)
         counts = np.bincount(experts, minlength=self._rows.shape[1])
@@ -94,13 +99,20 @@ class Keeper:
         if self._thread is not None:
             self._thread.join(10.0)
 
+    def _rest(self, seconds: float) -> None:
+        """Leaves steps under way as much time as loading took: it needs a core, and the memory's bandwidth."""
+        if time.monotonic() - self._computed < _BUSY_S:
+            self._stopped.wait(min(seconds, _BUSY_S))
+
     def _load_ahead(self) -> None:
         while (place := self._asked.get()) is not None and not self._stopped.is_set():
             with self._lock:
                 wanted = place in self._wanted
             try:
                 if wanted:
+                    begin = time.monotonic()
                     self.shelf.load(place)
+                    self._rest(time.monotonic() - begin)
                     with self._lock:
                         stale = place not in self._wanted
                     if stale:  # released while it was being packed

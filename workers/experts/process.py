@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,7 @@ class HostProcess:
 
     def start(self) -> tuple[HostReport | None, str, str]:
         """(its report, "", "") once it listens, or (None, kind of the error, what it says)."""
+        _yield_to_engines()
         try:
             self._host = open_host(self._plan, self._ip)
             self._host.start()
@@ -83,6 +85,13 @@ class HostProcess:
         """See `ExpertHost.stop`."""
         if self._host is not None:
             self._host.stop()
+
+
+def _yield_to_engines() -> None:
+    """Of this thread and those that it starts: a host that is woken on an engine's core does not interrupt it, which
+    may still have to send to other hosts. Where it finds a free core it starts at once all the same."""
+    with suppress(AttributeError, OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def open_host(plan: HostPlan, ip: str) -> ExpertHost:
