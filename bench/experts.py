@@ -3,12 +3,13 @@ many hosts.
 
     python bench/experts.py engine      # an engine with its experts on 2 hosts beside the same engine with them at home
     python bench/experts.py engine --size olmoe       # the same with experts as large as OLMoE-1B-7B's, of 2 layers
+    python bench/experts.py overlap     # a leader and a host with a core each: steps whole, and in two halves
     python bench/experts.py simulate    # balance, moves and throughput of 8 to 256 hosts, computed
 
 `engine`: a checkpoint of OLMoE's kind with random bf16 weights (64 experts, 8 for a token; of 1024 x 512 in 4 layers,
 428 M parameters, or of 2048 x 1024 in 2 layers, 873 M; made on the first run), 16 sequences, 16 tokens in, 64 more out,
 greedy. At home: one process with all CPUs. Apart: a leader with as many threads, and 2 hosts that share the CPUs. Runs
-of the two take turns.
+of the two take turns. `overlap`: four prompts of 1,000 tokens in steps of 512 rows, one thread each.
 """
 
 from __future__ import annotations
@@ -18,140 +19,15 @@ import json
 import os
 import random
 import statistics
-import struct
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "understudy" / "bench"
-SHAPE = {
-    "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "vocab_size": 8192, "hidden_size": 1024,
-    "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 16,
-    "num_experts": 64, "num_experts_per_tok": 8, "max_position_embeddings": 1024, "norm_topk_prob": False,
-    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False, "hidden_act": "silu",
-    "torch_dtype": "bfloat16", "eos_token_id": None,
-}  # fmt: skip
-SIZES: dict[str, dict[str, int]] = {
-    "small": {},
-    "olmoe": {"hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 2},  # its config.json has 16
-}
-
+from experts_stage import CACHE, ROOT, SHAPE, SIZES, Hosts, run_b16, run_prompts, write_checkpoint
 
 # An engine on this machine --------------------------------------------------------------------------------------------
-
-
-def write_checkpoint(path: Path) -> None:
-    """Random weights, tensor by tensor, unless they are there."""
-    if (path / "model.safetensors").is_file():
-        return
-    import torch
-
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(SHAPE))
-    h, f, v = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["vocab_size"]
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, h), "lm_head.weight": (v, h)}
-    shapes["model.norm.weight"] = (h,)
-    for i in range(SHAPE["num_hidden_layers"]):
-        at = f"model.layers.{i}"
-        norms = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
-        shapes |= {f"{at}.{name}.weight": (h,) for name in norms}
-        shapes |= {f"{at}.self_attn.{name}_proj.weight": (h, h) for name in "qkvo"}
-        shapes[f"{at}.mlp.gate.weight"] = (SHAPE["num_experts"], h)
-        for e in range(SHAPE["num_experts"]):
-            expert = f"{at}.mlp.experts.{e}"
-            shapes |= {f"{expert}.gate_proj.weight": (f, h), f"{expert}.up_proj.weight": (f, h)}
-            shapes[f"{expert}.down_proj.weight"] = (h, f)
-    header: dict[str, Any] = {}
-    end = 0
-    for name, shape in shapes.items():
-        size = 2 * int(torch.Size(shape).numel())
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 64)
-    draw = torch.Generator().manual_seed(0)
-    print(f"writing a random checkpoint of {end / 2e6:.0f} M parameters to {path}", file=sys.stderr)
-    with (path / "writing").open("wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
-        for shape in shapes.values():
-            values = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=draw) * shape[1] ** -0.5
-            out.write(values.bfloat16().view(torch.uint8).numpy().tobytes())
-    os.replace(path / "writing", path / "model.safetensors")
-
-
-class Hosts:
-    """Expert hosts as processes of their own."""
-
-    def __init__(self, checkpoint: Path, count: int, threads: int, secret: str) -> None:
-        import msgspec
-
-        from workers.experts.placement import HostReport
-        from workers.experts.process import HostPlan
-
-        self._report = HostReport
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "workers.experts.process", "127.0.0.1"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT,
-            )
-            for _ in range(count)
-        ]  # fmt: skip
-        for i, process in enumerate(self.processes):
-            plan = HostPlan(str(checkpoint), f"h{i}", 1, secret, threads=threads)
-            process.stdin.write(msgspec.json.encode(plan) + b"\n")  # type: ignore[union-attr]
-            process.stdin.flush()  # type: ignore[union-attr]
-        self.addresses = []
-        for process in self.processes:
-            report, _, said = msgspec.json.decode(
-                process.stdout.readline(),
-                type=tuple[HostReport | None, str, str],  # type: ignore[union-attr]
-            )
-            if report is None:
-                raise RuntimeError(said)
-            self.addresses.append(report.address)
-
-    def tell(self, host: int, *order: Any) -> Any:
-        """An order, and what the host then reports."""
-        import msgspec
-
-        process = self.processes[host]
-        process.stdin.write(msgspec.json.encode(order) + b"\n")  # type: ignore[union-attr]
-        process.stdin.flush()  # type: ignore[union-attr]
-        return msgspec.json.decode(process.stdout.readline(), type=self._report)  # type: ignore[union-attr]
-
-    def hold(self, host: int, places: Sequence[tuple[int, int]]) -> None:
-        """Has a host load experts and waits for it."""
-        report = self.tell(host, "hold", places)
-        while report.held < report.asked:
-            time.sleep(0.05)
-            report = self.tell(host, "report")
-
-    def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-
-def run_b16(engine: Any, tag: str, out: int = 64) -> tuple[float, list[float], list[list[int]]]:
-    """(tokens per second after the first, seconds of each step, the tokens) of 16 sequences."""
-    from workers.engine.contract import Request, Sampling
-
-    dice = random.Random(0)
-    for i in range(16):
-        prompt = [dice.randrange(8192) for _ in range(16)]
-        engine.add(Request(f"{tag}-{i}", prompt, out, Sampling(temperature=0.0), bypass_prefix_cache=True))
-    made: dict[str, list[int]] = {}
-    steps = []
-    while engine.has_work():
-        begin = time.perf_counter()
-        for output in engine.step():
-            made.setdefault(output.id, []).extend(output.token_ids)
-        steps.append(time.perf_counter() - begin)
-    return 16 * (len(steps) - 1) / sum(steps[1:]), steps, [made[f"{tag}-{i}"] for i in range(16)]
 
 
 def engine_command(arguments: argparse.Namespace) -> None:
@@ -255,11 +131,60 @@ def kill_and_switch(engine: Any, hosts: Hosts, placement: Any, plan: Any) -> Non
     print(f"median step {1e3 * median:.1f} ms; slowest of the calm run {max(calm[1:]) / median:.2f} medians")
     print(f"slowest while every expert is loaded anew beside {max(loading[1:]) / median:.2f} medians, with the switch "
           f"{max(switched[1:]) / median:.2f}")  # fmt: skip
-    hosts.processes[0].kill()
-    _, killed, same = run_b16(engine, "killed")
+    _, killed, same = run_b16(engine, "killed", at_step_20=hosts.processes[0].kill)
     if same != want:
         raise RuntimeError("the tokens differ after a host was killed")
-    print(f"a killed host whose half of all experts had no copy costs {sum(killed) - sum(calm):.2f} s in all")
+    print(f"a host is killed, seven in eight of its experts had no copy: the step that loads them takes "
+          f"{max(killed[1:]):.2f} s; later ones, without its cores, {statistics.median(killed[24:]) / median:.2f} "
+          "medians")  # fmt: skip
+
+
+# A leader and a host with a core each ---------------------------------------------------------------------------------
+
+
+def overlap_command(arguments: argparse.Namespace) -> None:
+    """Steps whole and in halves, in turns, and then as the engine chooses."""
+    from router.experts import make_placement
+    from workers.engine.build import build_engine
+    from workers.engine.contract import EngineConfig
+    from workers.experts.placement import ExpertsPlan, HostsView
+
+    SHAPE.update(SIZES[arguments.size])
+    checkpoint, secret = CACHE / f"{arguments.size}-64x8-random", "bench"
+    write_checkpoint(checkpoint)
+    layers = range(SHAPE["num_hidden_layers"])
+    mine, theirs = sorted(os.sched_getaffinity(0))[:2]
+    os.sched_setaffinity(0, {theirs})
+    hosts = Hosts(checkpoint, 1, 1, secret)
+    os.sched_setaffinity(0, {mine})
+    try:
+        capacity = {a.name: a.capacity for a in hosts.addresses}
+        placement = make_placement(None, layers, [[1.0] * SHAPE["num_experts"] for _ in layers], capacity)
+        hosts.hold(0, placement.held_by("h0"))
+        plan = ExpertsPlan(HostsView(1, placement, tuple(hosts.addresses)), secret)
+        config = EngineConfig(model_dir=str(checkpoint), threads=1, max_running=16, cache_bytes=256 << 20,
+                              chunk_tokens=512, experts=plan)  # fmt: skip
+        engine: Any = build_engine(config)
+        overlap = engine._runner.overlap
+        overlap.forced = False
+        run_prompts(engine, "warm")
+        ratios, tokens = [], []
+        for turn in range(arguments.repeat):
+            rates = []
+            for overlap.forced in (False, True):
+                rate, made = run_prompts(engine, f"{turn}-{overlap.forced}")
+                rates.append(rate)
+                tokens.append(made)
+            ratios.append(rates[1] / rates[0])
+            print(f"whole {rates[0]:.0f} tokens/s, in halves {rates[1]:.0f}: {ratios[-1]:.2f}")
+        if any(each != tokens[0] for each in tokens):
+            raise RuntimeError("the tokens differ")
+        print(f"of {len(ratios)} pairs {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        overlap.forced = None
+        for turn in range(2):
+            print(f"as it chooses {run_prompts(engine, f'free{turn}')[0]:.0f} tokens/s")
+    finally:
+        hosts.close()
 
 
 # Many hosts, computed ------------------------------------------------------------------------------------------------
@@ -331,6 +256,10 @@ def main() -> None:
     engine.add_argument("--host-threads", type=int, help="of each host; without it they share the CPUs")
     engine.add_argument("--repeat", type=int, default=4)
     engine.set_defaults(run=engine_command)
+    both = commands.add_parser("overlap")
+    both.add_argument("--size", choices=SIZES, default="small")
+    both.add_argument("--repeat", type=int, default=4)
+    both.set_defaults(run=overlap_command)
     simulate = commands.add_parser("simulate")
     simulate.add_argument("--layers", type=int, default=4)
     simulate.set_defaults(run=simulate_command)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from workers.cache.orders import Load, Save
 from workers.engine.contract import Probe, TokenTrace
@@ -45,7 +46,7 @@ class StepPlan:
     index, so that nobody but the step writes to them from now on; `saves` are copied out of the cache; `loads` begin,
     beside this and later steps. With `gather`, all ranks then tell the leader what has arrived at theirs. A block that
     is being fetched is in no chunk of the plan. Where whole experts are spread over the ranks, `experts` is the number
-    of the view of them that the step goes by.
+    of the view of them that the step goes by. With `halves` the step's rows are computed in two halves that take turns.
     """
 
     step: int
@@ -55,6 +56,7 @@ class StepPlan:
     loads: list[Load] = field(default_factory=list)
     gather: bool = False
     experts: int = 0
+    halves: bool = False
 
     @property
     def orders(self) -> bool:
@@ -64,3 +66,25 @@ class StepPlan:
     @property
     def rows(self) -> int:
         return sum(len(c.tokens) for c in self.chunks)
+
+
+def halved(chunks: Sequence[Chunk]) -> tuple[list[Chunk], list[Chunk]]:
+    """The same rows in the same order, half of them each; of a chunk that is divided, too. For two rows or more, and
+    without probes."""
+    first: list[Chunk] = []
+    left = sum(len(c.tokens) for c in chunks) // 2
+    if not left:
+        raise ValueError("a step of fewer than two rows has no halves")
+    for i, chunk in enumerate(chunks):
+        count = len(chunk.tokens)
+        if left >= count:
+            first.append(chunk)
+            left -= count
+            continue
+        if not left:
+            break
+        wanted = min(chunk.wanted, count - left)
+        first.append(replace(chunk, tokens=chunk.tokens[:left], wanted=chunk.wanted - wanted, drafts=0))
+        rest = replace(chunk, start=chunk.start + left, tokens=chunk.tokens[left:], wanted=wanted)
+        return first, [rest, *chunks[i + 1 :]]
+    return first, list(chunks[i:])

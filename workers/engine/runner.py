@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +16,11 @@ from torch import Tensor
 from workers.cache.store import BlockStore
 from workers.engine.contract import EngineConfig
 from workers.engine.logits import Logits, collect
-from workers.engine.plan import Chunk, StepPlan
+from workers.engine.plan import Chunk, StepPlan, halved
 from workers.engine.sizes import agreed, available_memory, block_bytes, cache_size, spare_experts
 from workers.engine.watch import Watch, WatchedOps
 from workers.experts.dispatch import Dispatcher
+from workers.experts.overlap import Overlap
 from workers.experts.shelf import Shelf
 from workers.experts.spread import Spread
 from workers.kernels.choose import make_ops
@@ -78,6 +80,7 @@ class Runner:
         spec, ops = decoder.spec, decoder.ops
         self.blocks = blocks
         self.experts: Dispatcher | Spread | None = None  # who knows where they are, where that is not here
+        self.overlap = Overlap()
         self._decoder: Decoder | None = decoder
         self._device = decoder.device
         self._group, self._share = decoder.group, decoder.share
@@ -189,16 +192,18 @@ class Runner:
         nothing = torch.zeros(0, decoder.spec.vocab_size, dtype=decoder.ops.dtype)
         if not plan.chunks and not plan.orders:
             return nothing
-        step = self._prepare(plan) if plan.chunks else None
+        if isinstance(self.experts, Dispatcher) and not any(c.probe is not None for c in plan.chunks):
+            plan.halves = self.overlap.halves(plan.rows)
+        steps = self._prepare_all(plan)
         if isinstance(self.experts, Spread):
             plan.experts = self.experts.latest()
         if not self.divided:
             self._obey(plan)
-            return nothing if step is None else self._compute(step)
+            return self._timed(plan, steps) if steps else nothing
         self._group.tell(encode_plan(plan))
         try:
             self._obey(plan)
-            return nothing if step is None else self._compute(step)
+            return self._timed(plan, steps) if steps else nothing
         except GroupBroken:
             raise
         except Exception as error:  # the others are in the middle of the step and would wait for ever
@@ -212,7 +217,7 @@ class Runner:
                 plan = decode_plan(message)
                 self._obey(plan)
                 if plan.chunks:
-                    self._compute(self._prepare(plan))
+                    self._compute(self._prepare_all(plan))
         except GroupBroken:
             raise
         except Exception as error:
@@ -228,8 +233,13 @@ class Runner:
             if plan.gather:
                 self.store.gather(self._group)
 
-    def _prepare(self, plan: StepPlan) -> Step:
-        chunks = plan.chunks
+    def _prepare_all(self, plan: StepPlan) -> list[Step]:
+        """The step, or its halves."""
+        if not plan.chunks:
+            return []
+        return [self._prepare(chunks) for chunks in (halved(plan.chunks) if plan.halves else [plan.chunks])]
+
+    def _prepare(self, chunks: Sequence[Chunk]) -> Step:
         lengths = np.fromiter((len(c.tokens) for c in chunks), np.int64, len(chunks))
         starts = np.fromiter((c.start for c in chunks), np.int64, len(chunks))
         row_start = np.zeros(len(chunks) + 1, np.int64)
@@ -255,13 +265,23 @@ class Runner:
         whole = [c.whole for c in chunks for _ in range(c.wanted)]
         return Step(chunks, self._tensor(ids), row_start, batch, sampled, whole)
 
-    def _compute(self, step: Step) -> Logits:
-        decoder = self._open()
-        if any(c.probe is not None for c in step.chunks):
+    def _timed(self, plan: StepPlan, steps: Sequence[Step]) -> Logits:
+        begin = time.perf_counter()
+        logits = self._compute(steps)
+        self.overlap.took(plan.rows, plan.halves, time.perf_counter() - begin)
+        return logits
+
+    def _compute(self, steps: Sequence[Step]) -> Logits:
+        decoder, step = self._open(), steps[0]
+        if len(steps) > 1:
+            halves = [(half.ids, half.batch, half.sampled) for half in steps]
+            logits = torch.cat(decoder.forward_halves(halves, self._caches))
+        elif any(c.probe is not None for c in step.chunks):
             logits = self._watched(decoder, step)
         else:
             logits = decoder.forward(step.ids, step.batch, self._caches, step.sampled)
-        return collect(logits, step.whole, decoder.spec.vocab_size, self._share, self._group, decoder.ops)
+        whole = [each for step in steps for each in step.whole]
+        return collect(logits, whole, decoder.spec.vocab_size, self._share, self._group, decoder.ops)
 
     def _watched(self, decoder: Decoder, step: Step) -> Tensor:
         """The same forward, and what happened in it to the rows that somebody wants to know of."""

@@ -7,6 +7,7 @@ On one node it is a Unix socket in Linux's abstract namespace, whose name is gon
 from __future__ import annotations
 
 import hmac
+import os
 import secrets
 import socket
 import struct
@@ -75,15 +76,31 @@ class Channel:
 
     def send(self, header: Header, *parts: memoryview) -> None:
         """Writes a frame whose payload are `parts` (bytes, contiguous) one after the other. Raises ChannelError."""
-        left = [memoryview(_HEADER.pack(MAGIC, *header)), *(part for part in parts if len(part))]
+        self.send_all(self.frame(header, *parts))
+
+    @staticmethod
+    def frame(header: Header, *parts: memoryview) -> list[memoryview]:
+        """For `send_all` and `send_some`, whose callers send nothing else until all of it is sent."""
+        return [memoryview(_HEADER.pack(MAGIC, *header)), *(part for part in parts if len(part))]
+
+    def send_all(self, left: list[memoryview]) -> None:
+        """Writes what is left and empties the list. Raises ChannelError."""
         try:
             with self._sending:
                 while left:
-                    sent = self._socket.sendmsg(left)
-                    while left and sent >= len(left[0]):
-                        sent -= len(left.pop(0))
-                    if sent:
-                        left[0] = left[0][sent:]
+                    _shorten(left, self._socket.sendmsg(left))
+        except OSError as error:
+            raise ChannelError(f"cannot send: {error}") from error
+
+    def send_some(self, left: list[memoryview]) -> None:
+        """Writes what the kernel has room for and shortens the list by it; for a channel with a timeout. Raises
+        ChannelError."""
+        try:
+            with self._sending:
+                while left:
+                    _shorten(left, os.writev(self._socket.fileno(), left))  # `sendmsg` would wait for room
+        except BlockingIOError:
+            return
         except OSError as error:
             raise ChannelError(f"cannot send: {error}") from error
 
@@ -218,6 +235,13 @@ def _channel(sock: socket.socket, timeout_s: float) -> Channel:
         sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER)  # the kernel's own bound may cut it
     sock.settimeout(timeout_s)
     return Channel(sock)
+
+
+def _shorten(left: list[memoryview], sent: int) -> None:
+    while left and sent >= len(left[0]):
+        sent -= len(left.pop(0))
+    if sent:
+        left[0] = left[0][sent:]
 
 
 def _write(sock: socket.socket, data: bytes) -> None:

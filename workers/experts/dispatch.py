@@ -1,9 +1,10 @@
 """Sends the rows of a step to the hosts of their experts and adds what comes back, with the bits of experts at home.
 
 One `Dispatcher` per engine; `RemoteExperts` is what a layer sees of it. For each layer there is one exchange with each
-host: everything is sent, then everything received. A host that breaks off, or says nothing for `silence_s`, is lost
-until it can be reached again: its rows go to other homes of their experts in the same step, and experts without another
-home are loaded by hosts that have room. A placement that is handed in takes effect between two steps.
+host: everything is sent, then everything received; two may be under way, of the two halves of a step. A host that
+breaks off, or says nothing for `silence_s`, is lost until it can be reached again: its rows go to other homes of their
+experts in the same step, and experts without another home are loaded by hosts that have room. A placement that is
+handed in takes effect between two steps.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from understudy.errors import ConfigError, Unavailable
 from workers.experts.channel import ChannelError
-from workers.experts.links import Link, Links
+from workers.experts.links import Link, Links, Question
 from workers.experts.placement import DispatchReport, ExpertsPlan, HostsView, Placement
 from workers.experts.split import NOBODY
 from workers.experts.table import Table, arrange
@@ -35,15 +35,6 @@ log = logging.getLogger(__name__)
 _STEP_S = 1.0  # between two layers of a step, at most in most
 _ABANDONED_S = 60.0  # for an exchange that nobody finished
 _FEW_BYTES = 64 << 10  # of rows: picking those that a host needs takes longer than sending all
-
-
-@dataclass(slots=True)
-class _Part:
-    """What one host computes of a layer: `slots` are places in [T k]."""
-
-    link: Link
-    slots: NDArray[np.int64]
-    sequence: int
 
 
 class Dispatcher:
@@ -61,10 +52,10 @@ class Dispatcher:
         self._table: Table | None = None
         self._prepared: tuple[int, Table] | None = None  # of a view to come
         self._turn = threading.Lock()  # to begin, to end or to adopt
-        self._under_way: _Exchange | None = None
+        self._under_way: list[_Exchange] = []  # at most two
         self._in_step, self._touched = False, clock()
         self._sequence = self._exchanges = self._moved = 0
-        self._room = np.empty(0, np.uint8)
+        self._rooms = [np.empty(0, np.uint8)] * 2
 
     # What others say ----------------------------------------------------------------------------------------------
 
@@ -97,24 +88,25 @@ class Dispatcher:
         return RemoteExperts(self, layer)
 
     def begin(self, layer: int, x: Tensor, ids: Tensor) -> _Exchange:
-        """Sends a layer's rows."""
+        """Sends a layer's rows. Only the exchange that was begun last may be under way, that of the step's other half;
+        what is older belongs to a step that failed, and its results go nowhere."""
         slot = self._slot[layer]
         with self._turn:
-            if slot == 0:
+            while len(self._under_way) > 1:
+                self._under_way.pop(0).abandon()
+            if slot == 0 and not self._under_way:
                 self._adopt()
-            abandoned, exchange = self._under_way, _Exchange(self, layer, x, ids)
-            self._under_way = exchange
+            exchange = _Exchange(self, layer, x, ids)
+            self._under_way.append(exchange)
             self._in_step, self._touched = slot < len(self._slot) - 1, self._clock()
-        if abandoned is not None:  # by a step that failed between sending and receiving
-            with suppress(Unavailable):
-                abandoned.receive()
         exchange.send()
         return exchange
 
     def _end(self, exchange: _Exchange) -> None:
         with self._turn:
-            if self._under_way is exchange:
-                self._under_way = None
+            exchange.abandon()
+            if exchange in self._under_way:
+                self._under_way.remove(exchange)
             self._touched = self._clock()
 
     def _adopt_if_idle(self) -> None:
@@ -122,7 +114,7 @@ class Dispatcher:
         layer, leaves no other trace than its silence."""
         with self._turn:
             silent = self._clock() - self._touched
-            if silent > _ABANDONED_S or (self._under_way is None and (not self._in_step or silent > _STEP_S)):
+            if silent > _ABANDONED_S or (not self._under_way and (not self._in_step or silent > _STEP_S)):
                 self._adopt()
 
     def _adopt(self) -> None:
@@ -153,11 +145,12 @@ class Dispatcher:
         return table
 
     def room(self, rows: int, width: int) -> NDArray[np.uint8]:
-        """For an exchange's results, of which there is one at a time: memory that is new for each would cost more than
-        what is done with it."""
-        if len(self._room) < rows * width:
-            self._room = np.empty(2 * rows * width, np.uint8)
-        return self._room[: rows * width].reshape(rows, width)
+        """For an exchange's results, in turns, since two may be under way: memory that is new for each would cost more
+        than what is done with it."""
+        self._rooms.reverse()
+        if len(self._rooms[0]) < rows * width:
+            self._rooms[0] = np.empty(2 * rows * width, np.uint8)
+        return self._rooms[0][: rows * width].reshape(rows, width)
 
     def _next_sequence(self) -> int:
         self._sequence += 1
@@ -165,7 +158,7 @@ class Dispatcher:
 
 
 class _Exchange:
-    """One layer's rows on their way. `finish` gives the slots' outputs."""
+    """One layer's rows on their way: slots are places in [T k]. `finish` gives the layer's outputs."""
 
     def __init__(self, dispatcher: Dispatcher, layer: int, x: Tensor, ids: Tensor) -> None:
         self._d, self._layer = dispatcher, layer
@@ -178,12 +171,11 @@ class _Exchange:
         self._refusal = ""
         self._out = dispatcher.room(len(self._experts), self._x.shape[1])
         self._dtype = x.dtype
-        self._parts: list[_Part] = []
+        self._parts: list[tuple[Link, Question]] = []
         self._unsent = np.arange(len(self._experts))
 
     def send(self) -> None:
-        """What is not sent yet, to the hosts. No host gets a second frame before its first result was taken: both ends
-        could wait for each other."""
+        """What is not sent yet, to the hosts."""
         d, slots, self._unsent = self._d, self._unsent, np.empty(0, np.int64)
         if not len(slots):
             return
@@ -209,24 +201,29 @@ class _Exchange:
         slots = torch.from_numpy(self._out).view(self._dtype).view(len(self._x), self._k, -1)
         return self._d._ops.combine(slots.to(self._device), weights)
 
-    def _send_to(self, name: str, slots: NDArray[np.int64]) -> _Part | None:
+    def abandon(self) -> None:
+        """Nobody will take what has not been taken."""
+        for _, question in self._parts:
+            question.wanted = False
+
+    def _send_to(self, name: str, slots: NDArray[np.int64]) -> tuple[Link, Question] | None:
         """None where that host is lost."""
         d = self._d
         link = d._links.get(name)
         if link is None:
             return None
-        part = _Part(link, slots, d._next_sequence())
         numbers = np.empty(2 * len(slots), np.int32)
         x = self._rows_of(slots, numbers[: len(slots)])
         numbers[len(slots) :] = self._experts[slots]
         data = x.data.cast("B") if x.size else memoryview(b"")
+        question = Question(self._layer, d._next_sequence(), len(x), slots, self._out)
         try:
-            link.ask(self._layer, part.sequence, len(x), len(slots), numbers.data.cast("B"), data)
+            link.ask(question, numbers.data.cast("B"), data)
         except ChannelError as error:
             d._links.lose(link, str(error))
             return None
         d._exchanges += 1
-        return part
+        return link, question
 
     def _rows_of(self, slots: NDArray[np.int64], at: NDArray[np.int32]) -> NDArray[np.uint8]:
         """The rows that these slots are of, all of them where they are few or nearly all are wanted; fills in the place
@@ -242,16 +239,16 @@ class _Exchange:
 
     def receive(self) -> None:
         """Takes all results; what is lost is to be sent again. Raises Unavailable where a host refuses."""
-        d, parts = self._d, self._parts
-        self._parts = []
-        for part in parts:
+        d = self._d
+        while self._parts:
+            link, question = self._parts[0]
             try:
-                refusal = part.link.take(part.sequence, part.slots, self._out, d._plan.wait_s)
+                link.take(question, d._plan.wait_s)
             except ChannelError as error:
-                d._links.lose(part.link, str(error))
-                self._unsent = np.concatenate([self._unsent, part.slots])
-                continue
-            self._refusal = self._refusal or refusal
+                d._links.lose(link, str(error))
+                self._unsent = np.concatenate([self._unsent, question.slots])
+            self._refusal = self._refusal or question.refusal
+            self._parts.pop(0)
         if self._refusal:
             raise Unavailable(f"an expert host cannot compute layer {self._layer}: {self._refusal}")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
+from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
@@ -19,47 +21,87 @@ _RETRY_S = 0.25
 _CONNECT_S = 2.0
 
 
+@dataclass(slots=True)
+class Question:
+    """Rows that one host is to compute. Its results go to the rows `slots` of `out` [S, bytes of a row], unless
+    nobody waits for them any more; `refusal` is what the host said instead."""
+
+    layer: int
+    sequence: int
+    rows: int
+    slots: NDArray[np.int64]
+    out: NDArray[np.uint8]
+    wanted: bool = True
+    answered: bool = False
+    refusal: str = ""
+    unsent: list[memoryview] = field(default_factory=list)
+
+
 class Link:
-    """A connection to one life of a host. Used by the engine's thread."""
+    """A connection to one life of a host. Used by the engine's thread.
+
+    A host reads a question only when it has answered the one before. What of a second one finds no room on the way is
+    sent after that answer was taken, since otherwise both ends could wait for each other.
+    """
 
     def __init__(self, channel: Channel, address: HostAddress) -> None:
         self.address = address
         self._channel = channel
         self._room = np.empty(0, np.uint8)
+        self._open: deque[Question] = deque()  # in the order in which the host answers
 
-    def ask(self, layer: int, sequence: int, rows: int, slots: int, *parts: memoryview) -> None:
-        """Sends rows. Raises ChannelError."""
-        size = sum(len(part) for part in parts)
-        self._channel.send(Header(Kind.COMPUTE, layer, sequence, rows, slots, size), *parts)
+    def ask(self, question: Question, *parts: memoryview) -> None:
+        """Sends rows, or begins to. Raises ChannelError."""
+        q, size = question, sum(len(part) for part in parts)
+        frame = Channel.frame(Header(Kind.COMPUTE, q.layer, q.sequence, q.rows, len(q.slots), size), *parts)
+        q.unsent = frame
+        if not self._open:
+            self._channel.send_all(frame)
+        elif not self._open[-1].unsent:
+            self._channel.send_some(frame)
+        self._open.append(q)
 
     def load(self, places: list[tuple[int, int]]) -> None:
         """Tells the host what will be wanted. Raises ChannelError."""
         data = msgspec.msgpack.encode(places)
-        self._channel.send(Header(Kind.LOAD, 0, 0, 0, 0, len(data)), memoryview(data))
+        frame = Channel.frame(Header(Kind.LOAD, 0, 0, 0, 0, len(data)), memoryview(data))
+        if not self._open:
+            self._channel.send_all(frame)
+            return
+        last = self._open[-1]
+        last.unsent.extend(frame)
+        if len(last.unsent) == len(frame):
+            self._channel.send_some(last.unsent)
 
-    def take(self, sequence: int, slots: NDArray[np.int64], out: NDArray[np.uint8], wait_s: float) -> str:
-        """Receives the answer to `sequence` into the rows `slots` of `out` [S, bytes of a row]; what the host said,
-        where it refuses.
-
-        What is older is dropped. Raises ChannelError where the host is silent, or busy for more than `wait_s`.
-        """
+    def take(self, question: Question, wait_s: float) -> None:
+        """Waits for an answer, and takes those before it. Raises ChannelError where the host is silent, or busy for
+        more than `wait_s`."""
         end = time.monotonic() + wait_s
-        width = out.shape[1]
-        while True:
+        while not question.answered:
             header = self._channel.receive()
             if header.kind is Kind.BUSY:
                 if time.monotonic() > end:
                     raise ChannelError(f"busy with the same rows for more than {wait_s:g} s")
                 continue
-            if header.sequence != sequence:  # of a step that failed
-                self._payload(header.size)
-                continue
-            if header.kind is Kind.REFUSED:
-                return bytes(self._payload(header.size)).decode(errors="replace")
-            if header.kind is not Kind.RESULT or header.size != len(slots) * width:
-                raise ChannelError(f"{header.kind.name} of {header.size} bytes for {len(slots)} slots of {width}")
-            out[slots] = self._payload(header.size).reshape(len(slots), width)
-            return ""
+            self._answer(header)
+
+    def _answer(self, header: Header) -> None:
+        q = self._open.popleft() if self._open else None
+        if q is None or q.sequence != header.sequence:
+            raise ChannelError(f"an answer to question {header.sequence}, which is not the next")
+        if header.kind is Kind.REFUSED:
+            q.refusal = bytes(self._payload(header.size)).decode(errors="replace")
+        else:
+            count, width = len(q.slots), q.out.shape[1]
+            if header.kind is not Kind.RESULT or header.size != count * width:
+                raise ChannelError(f"{header.kind.name} of {header.size} bytes for {count} slots of {width}")
+            results = self._payload(header.size)
+            if q.wanted:
+                q.out[q.slots] = results.reshape(count, width)
+        q.answered = True
+        self._channel.send_all(q.unsent)  # what was to be loaded
+        if self._open:  # which the host reads now
+            self._channel.send_all(self._open[0].unsent)
 
     def _payload(self, size: int) -> NDArray[np.uint8]:
         if len(self._room) < size:

@@ -6,6 +6,7 @@ in place where halves of layers are joined with it.
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +87,18 @@ class Decoder:
     def forward(self, ids: Tensor, batch: Batch, caches: list[KvCache], sampled: Tensor) -> Tensor:
         """ids: int64 [T]; caches: one per cache group; sampled: int64 [S], ascending -> logits [S, V], of a
         divided model this rank's columns of them."""
+        return _in_turns([self._layers(ids, batch, caches, sampled)])[0]
+
+    @torch.inference_mode()
+    def forward_halves(self, halves: Sequence[tuple[Tensor, Batch, Tensor]], caches: list[KvCache]) -> list[Tensor]:
+        """`forward` of (ids, batch, sampled) each, layer by layer in turns, so that this device has something to do
+        while experts elsewhere compute. Rows of a later half may read what an earlier one writes."""
+        return _in_turns([self._layers(ids, batch, caches, sampled) for ids, batch, sampled in halves])
+
+    def _layers(
+        self, ids: Tensor, batch: Batch, caches: list[KvCache], sampled: Tensor
+    ) -> Generator[None, None, Tensor]:
+        """Yields where rows are on their way to experts."""
         ops, parallel = self.ops, self.spec.block.parallel
         stream, delta = self.embed(ops, ids, batch.positions), None
         for layer in self.layers:
@@ -96,10 +109,17 @@ class Decoder:
                     return x.new_zeros(0, self.head.n)
                 x, stream = x[sampled], stream[sampled]
             delta = _after(ops, layer.attention.out(x), layer.attention_after)
-            if parallel:
-                delta += layer.ffn(ops, layer.ffn_in(ops, None, stream))
+            x = layer.ffn_in(ops, None if parallel else delta, stream)
+            if isinstance(layer.ffn, MoeLayer):
+                finish = layer.ffn.begin(ops, x)
+                yield
+                x = finish()
             else:
-                delta = _after(ops, layer.ffn(ops, layer.ffn_in(ops, delta, stream)), layer.ffn_after)
+                x = layer.ffn(ops, x)
+            if parallel:
+                delta += x
+            else:
+                delta = _after(ops, x, layer.ffn_after)
         return self.logits(self.final(ops, delta, stream))
 
     def logits(self, x: Tensor) -> Tensor:
@@ -107,6 +127,19 @@ class Decoder:
         logits = self.head(x if self.project_out is None else self.project_out(x))
         cap = self.spec.final_softcap
         return logits if cap is None else self.ops.softcap(logits, cap)
+
+
+def _in_turns(passes: Sequence[Generator[None, None, Tensor]]) -> list[Tensor]:
+    """Runs each up to where it yields, again and again; what they return."""
+    results: dict[int, Tensor] = {}
+    while len(results) < len(passes):
+        for i, each in enumerate(passes):
+            if i not in results:
+                try:
+                    next(each)
+                except StopIteration as end:
+                    results[i] = end.value
+    return [results[i] for i in range(len(passes))]
 
 
 def _after(ops: Ops, x: Tensor, norm: RowNorm | None) -> Tensor:

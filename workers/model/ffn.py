@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -72,21 +73,27 @@ class MoeLayer:
             ops, x = ops.wide, x.float()
         return ops.route(self.gate(x), self.route, self.correction)
 
-    def mix(self, ops: Ops, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """[T, H] -> [T, H]"""
-        if self.shared is None:
-            return self.experts(x, ids, weights)
-        start = getattr(self.experts, "start", None)  # experts elsewhere compute while the shared one does here
-        finish = None if start is None else start(x, ids)
-        shared = self.shared(ops, x)
-        y = self.experts(x, ids, weights) if finish is None else finish(weights)
-        if self.shared_gate is not None:
-            _, share = ops.route(self.shared_gate(x), _SIGMOID)
-            shared = (shared.float() * share).to(x.dtype)
-        return y + shared
+    def begin(self, ops: Ops, x: Tensor) -> Callable[[], Tensor]:
+        """[T, H] -> what gives [T, H]. Experts elsewhere compute between the two, while the shared one does here."""
+        ids, weights = self.choose(ops, x)
+        start = getattr(self.experts, "start", None)
+        finish = partial(self.experts, x, ids) if start is None else start(x, ids)
+        shared = None if self.shared is None else self._share(ops, self.shared(ops, x), x)
+
+        def end() -> Tensor:
+            y: Tensor = finish(weights)
+            return y if shared is None else y + shared
+
+        return end
+
+    def _share(self, ops: Ops, shared: Tensor, x: Tensor) -> Tensor:
+        if self.shared_gate is None:
+            return shared
+        _, share = ops.route(self.shared_gate(x), _SIGMOID)
+        return (shared.float() * share).to(x.dtype)
 
     def __call__(self, ops: Ops, x: Tensor) -> Tensor:
-        return self.mix(ops, x, *self.choose(ops, x))
+        return self.begin(ops, x)()
 
 
 def load_moe(ffn: MoeFfn, hidden: int, prefix: str, load: Loader) -> MoeLayer:

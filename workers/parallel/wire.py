@@ -31,6 +31,7 @@ class _Plan(msgspec.Struct, array_like=True):
     loads: list[Load]
     gather: bool
     experts: int
+    halves: bool
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -49,7 +50,7 @@ def encode_plan(plan: StepPlan) -> bytes:
                 )
                 for c in plan.chunks
             ],
-            plan.floors, plan.saves, plan.loads, plan.gather, plan.experts,
+            plan.floors, plan.saves, plan.loads, plan.gather, plan.experts, plan.halves,
         )
     )  # fmt: skip
 
@@ -66,5 +67,5 @@ def decode_plan(message: bytes) -> StepPlan:
             )
             for c in plan.chunks
         ],
-        plan.floors, plan.saves, plan.loads, plan.gather, plan.experts,
+        plan.floors, plan.saves, plan.loads, plan.gather, plan.experts, plan.halves,
     )  # fmt: skip

@@ -110,11 +110,49 @@ def test_an_exchange_that_nobody_finished_harms_no_later_one(mixture: Path, want
     with hosts_of(mixture, 2, kernels="plain") as hosts:
         runner = runner_over(mixture, plan_of(spread(mixture, ["h0", "h1"]), hosts), kernels="plain")
         assert runner.experts is not None
-        x, ids = torch.ones(500, 32), torch.arange(1000, dtype=torch.int32).view(500, 2) % 8
-        for _ in range(3):
-            RemoteExperts(runner.experts, 1).start(x, ids)
-        assert torch.equal(step(runner), want)
+        for rows in (500, 5000):  # of which the later ones find no room on the way
+            x, ids = torch.ones(rows, 32), torch.arange(2 * rows, dtype=torch.int32).view(rows, 2) % 8
+            for _ in range(3):
+                RemoteExperts(runner.experts, 1).start(x, ids)
+            assert torch.equal(step(runner), want)
         assert runner.experts.report().lost == ()
+        runner.close()
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+def test_two_exchanges_are_under_way_and_neither_waits_for_the_other_to_be_taken(mixture: Path, tcp: bool) -> None:
+    """Each has frames, and answers, for which the kernel has no room."""
+    draw = torch.Generator().manual_seed(0)
+    xs = [torch.randn(5000, 32, generator=draw) for _ in range(4)]
+    ids = torch.randint(8, (5000, 2), generator=draw, dtype=torch.int32)
+    weights = torch.rand(5000, 2, generator=draw)
+    with hosts_of(mixture, 2, kernels="plain") as hosts:
+        plan = plan_of(spread(mixture, ["h0", "h1"]), hosts, tcp=tcp)
+        dispatcher = Dispatcher(plan, read_spec(mixture), make_ops("float32", "cpu", "plain", 1))
+        layers = [RemoteExperts(dispatcher, layer) for layer in (0, 0, 1, 1)]
+        one_by_one = [layer(x, ids, weights) for layer, x in zip(layers, xs, strict=True)]
+        first, second = (layer.start(x, ids) for layer, x in zip(layers[:2], xs[:2], strict=True))
+        taken = [first(weights)]
+        third = layers[2].start(xs[2], ids)
+        taken.append(second(weights))
+        fourth = layers[3].start(xs[3], ids)
+        taken += [third(weights), fourth(weights)]
+        dispatcher.close()
+    for got, want in zip(taken, one_by_one, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("rows", [2, 39])
+def test_a_step_in_halves_has_the_bits_of_the_whole(mixture: Path, want: torch.Tensor, rows: int) -> None:
+    with hosts_of(mixture, 3, kernels="plain") as hosts:
+        placement = spread(mixture, [h.address.name for h in hosts])
+        runner = runner_over(mixture, plan_of(placement, hosts), kernels="plain")
+        runner.overlap.forced = True
+        assert torch.equal(step(runner, TOKENS[:rows]), want[:rows])
+        hosts[1].stop()  # found out by either half
+        assert torch.equal(step(runner, TOKENS[:rows]), want[:rows])
+        assert runner.experts is not None
+        assert runner.experts.report().lost == ("h1",)
         runner.close()
 
 

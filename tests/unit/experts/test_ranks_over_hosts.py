@@ -37,8 +37,9 @@ def test_whole_experts_and_sliced_ones_never_pass_for_the_same(mixture: Path, al
         assert "whole-experts" not in home.info.numerics_id
 
 
+@pytest.mark.parametrize("halves", [False, True])
 def test_two_ranks_over_two_hosts_have_the_bits_of_one_process_and_keep_them(
-    mixture: Path, alone: torch.Tensor
+    mixture: Path, alone: torch.Tensor, halves: bool
 ) -> None:
     with hosts_of(mixture, 2, kernels="plain") as hosts:
         placement = spread(mixture, [h.address.name for h in hosts])
@@ -47,6 +48,7 @@ def test_two_ranks_over_two_hosts_have_the_bits_of_one_process_and_keep_them(
         plan = plan_of(placement, hosts)
         with divided_runner(config(mixture, 2, tensor_parallel_invariant=True, experts=plan)) as apart:
             assert apart.info.numerics_id.endswith("/tree-8/whole-experts")
+            apart.leader.overlap.forced = halves
             assert torch.equal(step(apart), alone)  # type: ignore[arg-type]
             hosts[1].stop()
             assert torch.equal(step(apart), alone)  # type: ignore[arg-type]
