@@ -17,6 +17,7 @@ from typing import Any
 from urllib.request import urlopen
 
 import psutil
+from ports import free_port
 
 from understudy.client import Client
 from understudy.v1 import admin_pb2
@@ -36,7 +37,7 @@ class Service:
         self._logs = logs
         self._flags = flags
         self._environment = environment
-        self.ports = {"admin": _free_port(), "metrics": _free_port()}
+        self.ports = {"admin": free_port(), "metrics": free_port(neighbours=2)}
         self.process: subprocess.Popen[str] = self._start()
 
     @property
@@ -168,18 +169,3 @@ def make_tiny_llama(directory: Path, **changes: Any) -> Path:
     )
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(directory)
     return directory
-
-
-def _free_port() -> int:
-    """The first of two neighbours that are both free."""
-    import socket
-
-    while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port = int(one.getsockname()[1])
-            try:
-                two.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
-                continue
-            return port

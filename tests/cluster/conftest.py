@@ -1,4 +1,4 @@
-"""One real service for the files that are called test_service_…; the others, which come first, start their own.
+"""One real service for the files that are called test_service_…; the others start their own.
 
 At its end nothing may be left: no running sequence, no block, no process, no directory.
 """

@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,17 +19,12 @@ from urllib.request import Request, urlopen
 
 import psutil
 import yaml
+from ports import free_port
 
 from workers.kernels.build import cache_dir
 
 BIN = Path(sys.executable).parent
 Manifest = dict[str, Any]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def until(predicate: Callable[[], object], seconds: float, what: str) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
+from ports import free_port
 from ranks import on_ranks, shared_groups
 from torch import Tensor
 
@@ -23,12 +23,6 @@ from workers.parallel.shared import SharedGroup, make_memory
 from workers.parallel.torch_group import TorchGroup
 
 CAPACITY = 4096  # so that most things go in several pieces
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -180,11 +180,11 @@ def test_other_families(tiny_models: dict[str, Path], model: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_plain(tiny_models: dict[str, Path], dtype: str) -> None:
-    check(tiny_models["experts"], dtype, "plain", 64)
+    check(tiny_models["experts"], dtype, "plain", 48)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_bundled_model(demo_model: Path, dtype: str) -> None:
     if not (demo_model / "config.json").is_file():
         pytest.skip(f"no checkpoint at {demo_model}")
-    check(demo_model, dtype, "native", 200)
+    check(demo_model, dtype, "native", 100)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 import redis as client_library
-from redis_server import TestRedis, free_port
+from ports import free_port
+from redis_server import TestRedis
 from tier_stage import Rank, keys_of
 
 from cluster.redis import find_server

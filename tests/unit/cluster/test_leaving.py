@@ -89,7 +89,7 @@ async def test_streams_that_are_left_when_the_drain_time_is_over_move(stage: Sta
                     begun.set()
             return stream.completion().choices[0].token_ids
 
-        expected = [await answer(seed) for seed in range(STREAMS)]
+        expected = await asyncio.gather(*(answer(seed) for seed in range(STREAMS)))
         begun = [asyncio.Event() for _ in range(STREAMS)]
         answers = [asyncio.create_task(answer(seed, event)) for seed, event in enumerate(begun)]
         for event in begun:
