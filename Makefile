@@ -41,7 +41,7 @@ test: $(READY)
 ifeq ($(strip $(ARGS)),)
 	@$(BIN)/python -c 'from workers.kernels.build import build; build()' 2>/dev/null || true
 	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ALONE:%=--ignore=%)
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ALONE)
+	@$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ALONE)
 else
 	@$(BIN)/python -m pytest $(ARGS)
 endif

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,23 +21,20 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Of the tests that need services: files are played beside each other, those that share a service one after the other.
-# The order spreads them evenly over two processes: about as many seconds for each.
-_ORDER = ("test_campaign", "test_kubernetes", "test_service", "test_scaling", "test_renewal", "test_nodes")
-
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def group(item: pytest.Item) -> str:
-        return "test_service" if item.path.stem.startswith("test_service") else item.path.stem
-
-    def turn(item: pytest.Item) -> int:
-        return _ORDER.index(group(item)) if group(item) in _ORDER else len(_ORDER)
-
     if "PYTEST_XDIST_WORKER" in os.environ and all(item.path.parent.name in ("chaos", "cluster") for item in items):
-        items.sort(key=turn)
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(group(item)))
+        from beside import turn
+
+        items.sort(key=lambda item: turn(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    if config.getoption("dist") != "loadscope":
+        return None
+    from beside import ByService
+
+    return ByService(config, log)
 
 
 @pytest.fixture(scope="session")

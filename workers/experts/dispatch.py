@@ -102,11 +102,13 @@ class Dispatcher:
         exchange.send()
         return exchange
 
-    def _end(self, exchange: _Exchange) -> None:
+    def _end(self, exchange: _Exchange, failed: bool) -> None:
+        """Where one half of a step has failed, nobody will finish the other."""
         with self._turn:
-            exchange.abandon()
-            if exchange in self._under_way:
-                self._under_way.remove(exchange)
+            ended = list(self._under_way) if failed else [exchange]
+            for each in ended:
+                each.abandon()
+            self._under_way = [each for each in self._under_way if each not in ended]
             self._touched = self._clock()
 
     def _adopt_if_idle(self) -> None:
@@ -190,14 +192,16 @@ class _Exchange:
 
     def finish(self, weights: Tensor) -> Tensor:
         """[T, k] -> [T, H]. Raises Unavailable where experts are nowhere to be had in time."""
+        failed = True
         try:
             while self._parts or len(self._unsent):
                 if not self._parts and self._d._current().homeless:
                     self._wait()
                 self.receive()
                 self.send()
+            failed = False
         finally:
-            self._d._end(self)
+            self._d._end(self, failed)
         slots = torch.from_numpy(self._out).view(self._dtype).view(len(self._x), self._k, -1)
         return self._d._ops.combine(slots.to(self._device), weights)
 
