@@ -34,14 +34,9 @@ $(READY): requirements.lock pyproject.toml
 serve: $(READY)
 	@exec $(BIN)/understudy serve $(ARGS)
 
-# What needs no service of its own runs in as many processes as there are cores; services two at a time, since most of
-# their time is waiting. The kernels are built first, so that the processes do not all build them.
-ALONE := tests/chaos tests/cluster
 test: $(READY)
 ifeq ($(strip $(ARGS)),)
-	@$(BIN)/python -c 'from workers.kernels.build import build; build()' 2>/dev/null || true
-	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ALONE:%=--ignore=%)
-	@$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ALONE)
+	@tools/test.sh $(BIN)/python
 else
 	@$(BIN)/python -m pytest $(ARGS)
 endif

@@ -2,7 +2,7 @@
 
     python bench/chaos.py --faults 200 --seed 1
 
-A real service: one model with speculation, the same over two ranks, the bundled mixture with its experts on hosts, at
+A real service: the bundled mixture with speculation, over two ranks that have its experts, and with them on hosts, at
 two replicas each; two gateways, Redis, the router actor, Serve. 16 clients stream without end, with features of every
 kind; each answer is compared, bit for bit, with the one that came when nothing happened. Meanwhile processes are
 killed with SIGKILL, some two at once, or stopped for 1 to 6 seconds; the next fault comes up to 3 seconds after there

@@ -28,6 +28,8 @@ def stage(text_model: Path, demo_model: Path | None) -> dict[str, Any]:
     }
     if demo_model is not None:
         models["demo"] = {"path": str(demo_model), "replicas": 2, "threads": 1, "expert_hosts": 2}
+    if demo_model == text_model:
+        models["shared"]["expert_parallel"] = True
     return {"models": models, "gateways": 2, "drain_seconds": 10}
 
 

@@ -15,6 +15,7 @@ KINDS = ("supervisor", "controller", "redis")
 @pytest.mark.timeout(900)
 def test_no_stream_is_lost_and_no_token_differs(tmp_path: Path, text_model: Path) -> None:
     told, config = stage(text_model, None), tmp_path / "service.yaml"
+    told["models"]["shared"]["replicas"] = 1  # of two ranks; its streams wait for it
     config.write_text(json.dumps(told))
     wanted = {name: model["replicas"] for name, model in told["models"].items()}
     with running(tmp_path, ["--config", str(config)]) as service:

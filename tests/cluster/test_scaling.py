@@ -48,7 +48,7 @@ def asking(service: Service, clients: int) -> Iterator[set[tuple[int, ...]]]:
 
     def ask() -> None:
         while not enough.is_set():
-            answers.add(answer(service, 1, 300))
+            answers.add(answer(service, 1, 200))
 
     with ThreadPoolExecutor(clients) as pool:
         asked = [pool.submit(ask) for _ in range(clients)]
@@ -76,7 +76,7 @@ def test_to_none_and_back(service: Service) -> None:
 
 def test_more_when_it_is_needed_and_fewer_later_without_losing_a_token(service: Service) -> None:
     """Streams are longer than a leaving replica's patience: they go on at the other one."""
-    alone = answer(service, 1, 300)
+    alone = answer(service, 1, 200)
     with asking(service, 12) as answers:
         until(lambda: model(service).replicas_ready == 2)
         assert model(service).scaling.reason in ("running", "queue", "first_token", "prompts")

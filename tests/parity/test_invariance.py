@@ -187,4 +187,4 @@ def test_plain(tiny_models: dict[str, Path], dtype: str) -> None:
 def test_bundled_model(demo_model: Path, dtype: str) -> None:
     if not (demo_model / "config.json").is_file():
         pytest.skip(f"no checkpoint at {demo_model}")
-    check(demo_model, dtype, "native", 100)
+    check(demo_model, dtype, "native", 64)
