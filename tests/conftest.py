@@ -7,9 +7,13 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
+
+settings.register_profile("fixed", derandomize=True, deadline=None)  # the same draws each time, however busy it is
+settings.load_profile("fixed")
 
 # Matrices are small and tests run beside each other: a second thread of torch only waits for the first.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -134,7 +134,7 @@ def to_status(
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, errors.Overloaded):
         delay = duration_pb2.Duration()
-        delay.FromMilliseconds(math.ceil(error.retry_after_s * 1000))
+        delay.FromMilliseconds(math.ceil(round(error.retry_after_s * 1000, 6)))  # 4.049 s are not 4,050 ms
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     return code, message, ((DETAILS_KEY, status.SerializeToString()),)
 

@@ -20,7 +20,7 @@ def test_no_stream_is_lost_and_no_token_differs(tmp_path: Path, text_model: Path
     wanted = {name: model["replicas"] for name, model in told["models"].items()}
     with running(tmp_path, ["--config", str(config)]) as service:
         service.wait_until_ready()
-        result = run(service, wanted, "", faults=len(KINDS), streams=8, seed=1, kinds=KINDS)
+        result = run(service, wanted, "", faults=len(KINDS), streams=6, seed=1, kinds=KINDS)
         assert result.tally.lost == []
         assert result.tally.wrong == []
         assert result.tally.finished > 0

@@ -17,7 +17,7 @@ from understudy.client import Client
 
 LENGTH = 150
 WAY_OUT = "give one that holds a Hugging Face checkpoint; nothing was changed"
-SEEDS = range(6)
+SEEDS = range(4)
 
 
 def answer(client: Client, seed: int, tokens: int = LENGTH) -> tuple[int, ...]:

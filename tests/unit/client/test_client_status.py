@@ -6,7 +6,7 @@ import grpc
 import pytest
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from understudy import errors
@@ -29,6 +29,7 @@ def make(cls: type[errors.UnderstudyError], message: str, field: str, seconds: f
     st.sampled_from(["", "sampling.top_p"]),
     st.integers(0, 10**7).map(lambda ms: ms / 1000),
 )
+@example("OVERLOADED", "", "", 4.049)
 def test_there_and_back(kind: str, message: str, field: str, seconds: float) -> None:
     error = make(errors.FROM_KIND[kind], message, field, seconds)
     back = from_status(*to_status(error))
