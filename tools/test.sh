@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All tests, with the Python that is named. Those that need services run one after the other, and a third of their time is
-# waiting: beside them, where cores are free, runs what only computes. Everything else comes first.
+# All tests, with the Python that is named. Those that need services run one after the other, and a third of their time
+# is waiting: beside them, where cores are free, runs what only computes. Everything else comes first.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=$1
@@ -18,7 +18,7 @@ trap 'end; exit 130' INT TERM
 
 # Built once, so that the processes do not all build them.
 "$python" -c 'from workers.kernels.build import build; build()' 2>/dev/null
-cores=$("$python" -c 'import os; print(min(7, os.cpu_count() or 1))')
+cores=$("$python" -c 'import os; print(min(7, len(getattr(os, "sched_getaffinity", lambda _: [0, 1])(0))))')
 failed=0
 others=("${computing[@]/#/--ignore=}" "${services[@]/#/--ignore=}")
 "$python" -m pytest -n $((cores + 1)) --dist worksteal "${others[@]}" || failed=$?

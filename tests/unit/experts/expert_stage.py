@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +14,8 @@ import msgspec
 from workers.engine.contract import EngineConfig
 from workers.engine.runner import Runner
 from workers.experts.host import ExpertHost
-from workers.experts.placement import ExpertsPlan, Homes, HostsView, Placement
+from workers.experts.placement import ExpertsPlan, Homes, HostReport, HostsView, Placement
+from workers.experts.process import HostPlan
 from workers.experts.shelf import Shelf
 from workers.kernels.choose import make_ops
 from workers.model.config import read_spec
@@ -72,3 +76,42 @@ def runner_over(path: Path, plan: ExpertsPlan, *, kernels: str, dtype: str = "fl
         model_dir=str(path), kernels=kernels, dtype=dtype, threads=1, max_running=4, experts=plan, **more
     )  # type: ignore[arg-type]
     return Runner.from_checkpoint(config)
+
+
+class Process:
+    """A host in a process of its own, without Ray."""
+
+    def __init__(self, plan: HostPlan) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "workers.experts.process", "127.0.0.1"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        report, _, said = self.ask(plan, tuple[HostReport | None, str, str])
+        assert report is not None, said
+        self.address, self.report_bytes = report.address, report.expert_bytes
+
+    def ask(self, order: object, kind: object) -> object:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(msgspec.json.encode(order) + b"\n")
+        self.process.stdin.flush()
+        return msgspec.json.decode(self.process.stdout.readline(), type=kind)  # type: ignore[call-overload]
+
+    def report(self) -> HostReport:
+        return self.ask(["report"], HostReport)  # type: ignore[return-value]
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait(10)
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+def until(predicate: Callable[[], object], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not predicate():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.01)

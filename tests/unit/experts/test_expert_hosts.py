@@ -6,18 +6,15 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 import torch
-from expert_stage import SECRET, hosts_of, open_host, plan_of, runner_over, spread
+from expert_stage import SECRET, Process, hosts_of, open_host, plan_of, runner_over, spread, until
 from tiny_mixture import write_mixture
 
 from understudy.errors import ConfigError, Unavailable
@@ -46,13 +43,6 @@ def step(runner: Runner, tokens: list[int] = TOKENS) -> torch.Tensor:
 def want(mixture: Path) -> torch.Tensor:
     """The logits with all experts at home."""
     return step(Runner.from_checkpoint(EngineConfig(model_dir=str(mixture), kernels="plain", threads=1)))
-
-
-def until(predicate: Callable[[], object], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not predicate():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.01)
 
 
 def test_a_host_that_dies_costs_no_bit(mixture: Path, want: torch.Tensor) -> None:
@@ -199,38 +189,6 @@ def test_a_new_placement_takes_effect_between_steps_and_hosts_come_and_go(mixtur
         runner.close()
 
 
-class Process:
-    """A host in a process of its own, without Ray."""
-
-    def __init__(self, plan: HostPlan) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "workers.experts.process", "127.0.0.1"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        report, _, said = self._ask(plan, tuple[HostReport | None, str, str])
-        assert report is not None, said
-        self.address, self.report_bytes = report.address, report.expert_bytes
-
-    def _ask(self, order: object, kind: object) -> object:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(msgspec.json.encode(order) + b"\n")
-        self.process.stdin.flush()
-        return msgspec.json.decode(self.process.stdout.readline(), type=kind)  # type: ignore[call-overload]
-
-    def report(self) -> HostReport:
-        return self._ask(["report"], HostReport)  # type: ignore[return-value]
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait(10)
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.stdout.close()
-
-
 @pytest.fixture(scope="module")
 def processes(mixture: Path) -> Iterator[list[Process]]:
     both = [
@@ -276,7 +234,7 @@ def test_a_host_maps_no_more_than_it_holds(tmp_path: Path) -> None:
     process = Process(HostPlan(str(path), "h0", 1, SECRET, kernels="plain", threads=1, capacity=24))
     try:
         before, whole = mapped(process, path)
-        assert process._ask(["hold", [[1, expert] for expert in (0, 1, 6, 7)]], HostReport) is not None
+        assert process.ask(["hold", [[1, expert] for expert in (0, 1, 6, 7)]], HostReport) is not None
         until(lambda: process.report().held == 4)
         after, _ = mapped(process, path)
     finally:

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 import torch
-from expert_stage import SECRET, open_host
+from expert_stage import SECRET, Process, open_host, until
 
 from workers.experts.process import HostPlan
-
-
-def until(predicate: Callable[[], object]) -> None:
-    end = time.monotonic() + 20
-    while not predicate():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.01)
 
 
 def test_while_it_computes_it_loads_half_of_the_time(mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,16 +38,10 @@ def test_while_it_computes_it_loads_half_of_the_time(mixture: Path, monkeypatch:
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="no SCHED_BATCH here: it is Linux's")
 def test_its_threads_are_batch_work(mixture: Path) -> None:
     plan = HostPlan(str(mixture), "h0", 1, SECRET, kernels="plain", threads=1, capacity=24)
-    with subprocess.Popen(
-        [sys.executable, "-m", "workers.experts.process", "127.0.0.1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(msgspec.json.encode(plan) + b"\n")
-        process.stdin.flush()
-        assert process.stdout.readline()
-        threads = [int(thread) for thread in os.listdir(f"/proc/{process.pid}/task")]
+    process = Process(plan)
+    try:
+        threads = [int(thread) for thread in os.listdir(f"/proc/{process.process.pid}/task")]
         assert len(threads) >= 5
         assert {os.sched_getscheduler(thread) for thread in threads} == {os.SCHED_BATCH}
-        process.stdin.close()
-        assert process.wait(20) == 0
+    finally:
+        process.end()
