@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch import Tensor
 from workers.kernels.checks import GATED
 from workers.kernels.native_attention import DTYPES
 
+Packing = Literal["raw", "auto", "coded"]
+PACKINGS = get_args(Packing)  # their place is `enum Packing` of src/linear.h
 ACT_CODES = {name: code for code, name in enumerate(GATED)}  # `enum Act` of src/activation.h
 
 
@@ -21,11 +24,23 @@ def adjacent(x: Tensor) -> Tensor:
 
 
 class NativeLinear:
-    """A packed weight; its memory is freed with it."""
+    """A packed weight; its memory is freed with it.
 
-    __slots__ = ("__weakref__", "_call", "_dtype", "handle", "k", "n")
+    `packing`: `raw` as it is; `coded` in twelve bits a value where kernels and values allow (`src/coded.h`); `auto`
+    so where it saves time, which is where the weight is too large to stay in a cache. Results have the same bits.
+    """
 
-    def __init__(self, lib: ctypes.CDLL, family: int, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+    __slots__ = ("__weakref__", "_call", "_dtype", "bytes", "handle", "k", "n")
+
+    def __init__(
+        self,
+        lib: ctypes.CDLL,
+        family: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        packing: Packing = "auto",
+    ) -> None:
         if weight.dim() != 2 or 0 in weight.shape:
             raise ValueError(f"a linear's weight is [N, K], not {list(weight.shape)}")
         if bias is not None and bias.shape != weight.shape[:1]:
@@ -38,10 +53,18 @@ class NativeLinear:
         w = adjacent(weight.to(dtype))
         b = None if bias is None else bias.to(dtype).contiguous()
         self.handle: int | None = lib.understudy_linear_new(
-            family, DTYPES[dtype], w.data_ptr(), self.n, self.k, w.stride(0), None if b is None else b.data_ptr()
+            family,
+            DTYPES[dtype],
+            w.data_ptr(),
+            self.n,
+            self.k,
+            w.stride(0),
+            None if b is None else b.data_ptr(),
+            PACKINGS.index(packing),
         )
         if not self.handle:
             raise MemoryError(f"no memory to pack a weight {list(weight.shape)}")
+        self.bytes: int = lib.understudy_linear_bytes(self.handle)  # that it occupies
         weakref.finalize(self, lib.understudy_linear_free, self.handle).atexit = False
 
     def __call__(self, x: Tensor) -> Tensor:  # [T, K] -> [T, N]

@@ -49,27 +49,50 @@ template <class T> std::int64_t find(const T *x, long from, long n, float wanted
     return from;
 }
 
-// Reads the row once, a stretch at a time, then looks only into the first stretch that holds the greatest value.
-template <class T> std::int64_t first_max(const T *x, long n) {
-    constexpr long STRETCH = 4096;
-    float best = -std::numeric_limits<float>::infinity();
-    long place = 0;
-    for (long from = 0; from < n; from += STRETCH) {
-        const long end = std::min(from + STRETCH, n);
-        floats top[2] = {splat(lowest<float>()), splat(lowest<float>())}, odd = splat(0.0f);
-        for (long i = from; i < end; i += LANES) {
-            const floats v = load(x + i, end - i, lowest<T>());
-            top[i / LANES % 2] = vmax(v, top[i / LANES % 2]);
-            odd = select(v == v, odd, v);
-        }
-        const float nan = sum(odd), most = largest(vmax(top[0], top[1]));
-        if (nan != nan) return find(x, from, end, nan);
-        if (most > best) {
-            best = most;
-            place = from;
-        }
+// The greatest value of a stretch; a NaN where there is one.
+template <class T> float stretch_max(const T *x, long n) {
+    floats top[2] = {splat(lowest<float>()), splat(lowest<float>())}, odd = splat(0.0f);
+    for (long i = 0; i < n; i += LANES) {
+        const floats v = load(x + i, n - i, lowest<T>());
+        top[i / LANES % 2] = vmax(v, top[i / LANES % 2]);
+        odd = select(v == v, odd, v);
     }
-    return find(x, place, n, best);
+    const float nan = sum(odd);
+    return nan != nan ? nan : largest(vmax(top[0], top[1]));
+}
+
+// The same on the values' bits, which compilers make plain vector code of: as integers they are in order once a negative one's are turned.
+template <> float stretch_max(const bf16 *x, long n) {
+    std::int16_t top = std::numeric_limits<std::int16_t>::min(), beyond = 0;
+    for (long i = 0; i < n; i++) {
+        const auto bits = static_cast<std::int16_t>(x[i].bits);
+        const auto key = static_cast<std::int16_t>(bits ^ ((bits >> 15) & 0x7fff)), size = static_cast<std::int16_t>(bits & 0x7fff);
+        top = std::max(top, key);
+        beyond = std::max(beyond, size);
+    }
+    if (beyond > 0x7f80) return std::numeric_limits<float>::quiet_NaN();
+    const bf16 value{static_cast<std::uint16_t>(top ^ ((top >> 15) & 0x7fff))};
+    return load(&value, 1)[0];
+}
+
+// The threads read each row once, a stretch at a time; then only the first stretch that holds the greatest value is looked into.
+template <class T> void first_max(const T *logits, long stride, std::int64_t *out, long rows, long n) {
+    const long parts = (n + COLUMNS - 1) / COLUMNS;
+    std::vector<float> most(static_cast<std::size_t>(rows * parts));
+    parallel(rows * parts, std::max<long>(1, COLUMNS / n), [&](long begin, long end) {
+        for (long i = begin; i < end; i++) {
+            const long at = i % parts * COLUMNS;
+            most[static_cast<std::size_t>(i)] = stretch_max(logits + i / parts * stride + at, std::min(COLUMNS, n - at));
+        }
+    });
+    for (long r = 0; r < rows; r++) {
+        const float *own = &most[static_cast<std::size_t>(r * parts)];
+        long best = 0;
+        for (long part = 0; part < parts && own[best] == own[best]; part++)
+            if (own[part] > own[best] || own[part] != own[part]) best = part;
+        const long at = best * COLUMNS;
+        out[r] = at + find(logits + r * stride + at, 0, std::min(COLUMNS, n - at), own[best]);
+    }
 }
 
 }  // namespace
@@ -93,10 +116,5 @@ extern "C" void understudy_logprobs(int dtype, const void *logits, long stride, 
 
 // The place of each row's greatest value, the first of equals. A NaN is greater than any number.
 extern "C" void understudy_argmax(int dtype, const void *logits, long stride, std::int64_t *out, long rows, long n) {
-    by_dtype(dtype, [&](auto type) {
-        using T = decltype(type);
-        parallel(rows, rows_per_piece(n), [&](long begin, long end) {
-            for (long r = begin; r < end; r++) out[r] = first_max(static_cast<const T *>(logits) + r * stride, n);
-        });
-    });
+    by_dtype(dtype, [&](auto type) { first_max(static_cast<const decltype(type) *>(logits), stride, out, rows, n); });
 }

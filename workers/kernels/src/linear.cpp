@@ -4,7 +4,10 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
+#include <memory>
+#include <vector>
 
 #include "pool.h"
 
@@ -33,7 +36,7 @@ Cut::Cut(const Linear &linear, long m) {
     blocks = (m + block - 1) / block;
     // Few rows: the weights are read once, in pieces worth taking. Many: rectangles that fit the cache, some for each thread.
     if (m <= 32) {
-        pieces = linear.panels / std::max<long>(1, (1L << 16) / linear.panel_bytes);
+        pieces = std::max(linear.panels * linear.panel_bytes >> 18, std::min(linear.panels, 8L * threads()));
     } else {
         const long least = std::max((linear.panels + kernels.panel_block - 1) / kernels.panel_block, (4L * threads() + blocks - 1) / blocks);
         pieces = (least + threads() - 1) / threads() * threads();
@@ -57,9 +60,76 @@ void multiply(const Linear &linear, const Rows &rows) {
     });
 }
 
+namespace {
+
+constexpr long LARGE = 1 << 20;  // bytes; what is smaller tends to stay in a cache, from where reading takes less time than decoding
+
+bool allocate_panels(Linear &linear, long panel_bytes) {
+    linear.panel_bytes = panel_bytes;
+    linear.packed = static_cast<char *>(stream_memory(static_cast<std::size_t>(linear.panels * panel_bytes)));
+    return linear.packed;
+}
+
+bool copy_bias(Linear &linear, const void *bias) {
+    const long columns = linear.panels * linear.width;
+    linear.bias = static_cast<float *>(stream_memory(static_cast<std::size_t>(columns) * sizeof(float)));
+    if (!linear.bias) return false;
+    std::fill_n(linear.bias, columns, 0.0f);
+    for (long i = 0; i < linear.n; i += LANES) {
+        const long left = linear.n - i;
+        floats v;
+        if (linear.dtype == FLOAT32) v = load(static_cast<const float *>(bias) + i, left);
+        else if (linear.dtype == BFLOAT16) v = load(static_cast<const bf16 *>(bias) + i, left);
+        else v = load(static_cast<const fp16 *>(bias) + i, left);
+        store(linear.bias + i, v, left);
+    }
+    return true;
+}
+
+// Packs in twelve bits. Where too many blocks would have to be kept as they are, it frees what it made and clears `coded`. False: no memory.
+bool pack_coded(Linear &linear, const Kernels &kernels, const void *w, long w_stride) {
+    const long blocks = linear.raw_bytes / BLOCK_RAW, most = linear.panels * blocks / 16;
+    if (!allocate_panels(linear, coded_bytes(linear.raw_bytes))) return false;
+    std::vector<std::vector<std::int32_t>> kept(static_cast<std::size_t>(linear.panels));
+    std::vector<std::vector<std::uint16_t>> values(kept.size());
+    std::atomic<long> count{0};
+    parallel(linear.panels, 1, [&](long from, long to) {
+        auto *raw = static_cast<std::uint16_t *>(scratch(static_cast<std::size_t>(linear.raw_bytes)));
+        for (long panel = from; panel < to && count <= most; panel++) {
+            auto &own = kept[static_cast<std::size_t>(panel)];
+            kernels.pack(linear, w, w_stride, panel, reinterpret_cast<char *>(raw));
+            encode(raw, blocks, linear.packed + panel * linear.panel_bytes, own);
+            auto &whole = values[static_cast<std::size_t>(panel)];
+            for (const std::int32_t block : own) whole.insert(whole.end(), raw + block * BLOCK, raw + (block + 1) * BLOCK);
+            count += static_cast<long>(own.size());
+        }
+    });
+    if (count > most) {
+        std::free(linear.packed);
+        linear.packed = nullptr;
+        linear.coded = false;
+        return true;
+    }
+    linear.kept.start.push_back(0);
+    for (std::size_t panel = 0; panel < kept.size(); panel++) {
+        linear.kept.block.insert(linear.kept.block.end(), kept[panel].begin(), kept[panel].end());
+        linear.kept.values.insert(linear.kept.values.end(), values[panel].begin(), values[panel].end());
+        linear.kept.start.push_back(static_cast<std::int64_t>(linear.kept.block.size()));
+    }
+    return true;
+}
+
+}  // namespace
 }  // namespace understudy
 
 using namespace understudy;
+
+extern "C" void understudy_linear_free(Linear *linear) {
+    if (!linear) return;
+    std::free(linear->packed);
+    std::free(linear->bias);
+    delete linear;
+}
 
 // Asks the C library to keep freed memory up to 1 GB instead of handing it back: a step's activations would else be fresh pages in every
 // layer, and clearing those takes as long as some of the products that fill them.
@@ -79,43 +149,32 @@ extern "C" int understudy_has_family(int family) {
 }
 
 // Packs w [n, k] (rows w_stride elements apart) and bias [n] (or null), both of that dtype. Null when there is no memory.
-extern "C" Linear *understudy_linear_new(int family, int dtype, const void *w, long n, long k, long w_stride, const void *bias) {
-    Linear *linear = new Linear{static_cast<Family>(family), static_cast<Dtype>(dtype), n, k, 0, 0, 0, nullptr, nullptr};
+extern "C" Linear *understudy_linear_new(int family, int dtype, const void *w, long n, long k, long w_stride, const void *bias, int packing) {
+    std::unique_ptr<Linear, decltype(&understudy_linear_free)> linear(new Linear{}, understudy_linear_free);
+    linear->family = static_cast<Family>(family);
+    linear->dtype = static_cast<Dtype>(dtype);
+    linear->n = n;
+    linear->k = k;
     const Kernels &kernels = kernels_of(*linear);
     linear->width = kernels.width;
     linear->panels = (n + kernels.width - 1) / kernels.width;
-    linear->panel_bytes = kernels.panel_bytes(k);
-    linear->packed = static_cast<char *>(stream_memory(static_cast<std::size_t>(linear->panels * linear->panel_bytes)));
-    const long columns = linear->panels * linear->width;
-    if (bias) linear->bias = static_cast<float *>(stream_memory(static_cast<std::size_t>(columns) * sizeof(float)));
-    if (!linear->packed || (bias && !linear->bias)) {
-        std::free(linear->packed);
-        std::free(linear->bias);
-        delete linear;
-        return nullptr;
+    linear->raw_bytes = kernels.panel_bytes(k);
+    if (bias && !copy_bias(*linear, bias)) return nullptr;
+    linear->coded = kernels.decodes && (packing == CODED || (packing == AUTO && linear->panels * linear->raw_bytes >= LARGE));
+    if (linear->coded) {
+        if (!pack_coded(*linear, kernels, w, w_stride)) return nullptr;
+        if (linear->coded) return linear.release();
     }
-    if (bias) {
-        std::fill_n(linear->bias, columns, 0.0f);
-        for (long i = 0; i < n; i += LANES) {
-            const long left = n - i;
-            floats v;
-            if (dtype == FLOAT32) v = load(static_cast<const float *>(bias) + i, left);
-            else if (dtype == BFLOAT16) v = load(static_cast<const bf16 *>(bias) + i, left);
-            else v = load(static_cast<const fp16 *>(bias) + i, left);
-            store(linear->bias + i, v, left);
-        }
-    }
+    if (!allocate_panels(*linear, linear->raw_bytes)) return nullptr;
     parallel(linear->panels, 1, [&](long from, long to) {
-        for (long panel = from; panel < to; panel++) kernels.pack(*linear, w, w_stride, panel);
+        for (long panel = from; panel < to; panel++) kernels.pack(*linear, w, w_stride, panel, linear->packed + panel * linear->panel_bytes);
     });
-    return linear;
+    return linear.release();
 }
 
-extern "C" void understudy_linear_free(Linear *linear) {
-    if (!linear) return;
-    std::free(linear->packed);
-    std::free(linear->bias);
-    delete linear;
+// Bytes that a linear occupies.
+extern "C" long understudy_linear_bytes(const Linear *linear) {
+    return linear->panels * linear->panel_bytes + static_cast<long>(linear->kept.values.size() * sizeof(std::uint16_t));
 }
 
 extern "C" void understudy_linear(const Linear *linear, const void *x, long x_stride, void *y, long y_stride, long m) {

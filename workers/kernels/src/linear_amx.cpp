@@ -23,10 +23,10 @@ long k_blocks(long k) { return (k + K_BLOCK - 1) / K_BLOCK; }
 
 long panel_bytes(long k) { return k_blocks(k) * 2 * TILE; }
 
-void pack(const Linear &linear, const void *w, long w_stride, long panel) {
+void pack(const Linear &linear, const void *w, long w_stride, long panel, char *to) {
     const auto *source = static_cast<const std::uint16_t *>(w);
-    auto *out = reinterpret_cast<std::uint16_t *>(linear.packed + panel * linear.panel_bytes);
-    std::memset(out, 0, static_cast<std::size_t>(linear.panel_bytes));
+    auto *out = reinterpret_cast<std::uint16_t *>(to);
+    std::memset(out, 0, static_cast<std::size_t>(linear.raw_bytes));
     const long columns = std::min(WIDTH, linear.n - panel * WIDTH);
     for (long j = 0; j < columns; j++) {
         const std::uint16_t *row = source + (panel * WIDTH + j) * w_stride;
@@ -270,7 +270,7 @@ void multiply(const Linear &linear, const Rows &rows, long begin, long end) { Re
 // Rows of which a chunk of k, with the float32 sums of a piece and two groups of weights, fits a cache of 2 MB.
 long row_block(const Linear &linear, long m) { return Rectangle::k_chunks(linear.k, m) > 1 ? 256 : std::max<long>(64, (1L << 19) / (linear.k * 2) / 32 * 32); }
 
-constexpr Kernels kernels{WIDTH, panel_bytes, pack, multiply, row_block, 32};
+constexpr Kernels kernels{WIDTH, panel_bytes, pack, multiply, row_block, 32, false};
 
 // The kernel saves tile registers only for processes that asked for them (ARCH_REQ_XCOMP_PERM, XTILEDATA).
 bool permitted() {

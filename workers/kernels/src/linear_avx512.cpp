@@ -13,10 +13,10 @@ constexpr long WIDTH = 64;
 
 long panel_bytes(long k) { return (k + 1) / 2 * WIDTH * 4; }
 
-void pack(const Linear &linear, const void *w, long w_stride, long panel) {
+void pack(const Linear &linear, const void *w, long w_stride, long panel, char *to) {
     const auto *source = static_cast<const std::uint16_t *>(w);
-    auto *out = reinterpret_cast<std::uint16_t *>(linear.packed + panel * linear.panel_bytes);
-    std::memset(out, 0, static_cast<std::size_t>(linear.panel_bytes));
+    auto *out = reinterpret_cast<std::uint16_t *>(to);
+    std::memset(out, 0, static_cast<std::size_t>(linear.raw_bytes));
     const long columns = std::min(WIDTH, linear.n - panel * WIDTH);
     for (long j = 0; j < columns; j++) {
         const std::uint16_t *row = source + (panel * WIDTH + j) * w_stride;
@@ -82,7 +82,7 @@ void multiply(const Linear &linear, const Rows &rows, long begin, long end) {
 // Half of a cache of 1 MB; a panel of the other operand passes by.
 long row_block(const Linear &linear, long) { return std::max<long>(48, (1L << 19) / (linear.k * 2) / 6 * 6); }
 
-constexpr Kernels kernels{WIDTH, panel_bytes, pack, multiply, row_block, 4};
+constexpr Kernels kernels{WIDTH, panel_bytes, pack, multiply, row_block, 4, false};
 
 }  // namespace
 

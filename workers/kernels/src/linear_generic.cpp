@@ -12,10 +12,13 @@ namespace {
 
 #ifdef UNDERSTUDY_LINEAR_AVX2
 using avx2::pack;
+using avx2::panel_bytes;
 using avx2::panel_times_rows;
 using avx2::ROWS;
+using avx2::sums_size;
 using avx2::WIDTH;
 constexpr long L2_SHARE = 1L << 18, PANELS = 1;
+template <class T> constexpr bool DECODES = std::is_same_v<T, bf16>;
 #else
 #ifdef __AVX512F__
 constexpr int VECTORS = 4, ROWS = 6;  // 24 of 32 registers hold sums
@@ -23,15 +26,16 @@ constexpr int VECTORS = 4, ROWS = 6;  // 24 of 32 registers hold sums
 constexpr int VECTORS = 1, ROWS = 4;
 #endif
 constexpr long WIDTH = VECTORS * LANES, L2_SHARE = 1L << 19, PANELS = 4;
+template <class T> constexpr bool DECODES = false;
 #endif
 
+#ifndef UNDERSTUDY_LINEAR_AVX2
 template <class T> long panel_bytes(long k) { return k * WIDTH * static_cast<long>(sizeof(T)); }
 
-#ifndef UNDERSTUDY_LINEAR_AVX2
-template <class T> void pack(const Linear &linear, const void *w, long w_stride, long panel) {
+template <class T> void pack(const Linear &linear, const void *w, long w_stride, long panel, char *to) {
     const auto *source = static_cast<const T *>(w);
-    auto *out = reinterpret_cast<T *>(linear.packed + panel * linear.panel_bytes);
-    std::memset(out, 0, static_cast<std::size_t>(linear.panel_bytes));
+    auto *out = reinterpret_cast<T *>(to);
+    std::memset(out, 0, static_cast<std::size_t>(linear.raw_bytes));
     const long columns = std::min(WIDTH, linear.n - panel * WIDTH);
     for (long j = 0; j < columns; j++) {
         const T *row = source + (panel * WIDTH + j) * w_stride;
@@ -40,7 +44,7 @@ template <class T> void pack(const Linear &linear, const void *w, long w_stride,
 }
 
 template <class T, int R> void tile(const Linear &linear, const float *x, long x_stride, T *y, long y_stride, long panel) {
-    const T *w = reinterpret_cast<const T *>(linear.packed + panel * linear.panel_bytes);
+    const T *w = reinterpret_cast<const T *>(linear.panel(panel));
     floats sums[R][VECTORS];
     for (auto &row : sums)
         for (floats &value : row) value = splat(0.0f);
@@ -65,7 +69,9 @@ template <class T, int R> void tile(const Linear &linear, const float *x, long x
     }
 }
 
-template <class T> void panel_times_rows(const Linear &linear, const float *x, long x_stride, T *y, long y_stride, long m, long panel) {
+constexpr long sums_size(long) { return 0; }  // they stay in registers
+
+template <class T> void panel_times_rows(const Linear &linear, const float *x, long x_stride, T *y, long y_stride, long m, long panel, bool, float *) {
     static constexpr decltype(&tile<T, 1>) tiles[] = {nullptr, tile<T, 1>, tile<T, 2>, tile<T, 3>, tile<T, 4>, tile<T, 5>, tile<T, 6>};
     for (long row = 0; row < m;) {
         const long left = m - row, count = std::min<long>(left, ROWS);
@@ -75,29 +81,41 @@ template <class T> void panel_times_rows(const Linear &linear, const float *x, l
 }
 #endif
 
+template <class T> void widen_row(const T *x, float *to, long k) {
+    for (long i = 0; i < k; i += LANES) store(to + i, load(x + i, k - i));
+}
+
+// In a shape that compilers make plain vector code of: one row's weights are read in little more time.
+template <> void widen_row(const bf16 *x, float *to, long k) {
+    for (long i = 0; i < k; i++) {
+        const std::uint32_t bits = static_cast<std::uint32_t>(x[i].bits) << 16;
+        std::memcpy(to + i, &bits, sizeof bits);
+    }
+}
+
 template <class T> void multiply(const Linear &linear, const Rows &rows, long begin, long end) {
+    constexpr bool COPIES = sizeof(T) != 4;
+    const long wide = COPIES ? (linear.k + LANES - 1) / LANES * LANES : 0;
+    auto *sums = static_cast<float *>(scratch(static_cast<std::size_t>(rows.m * wide + sums_size(rows.m)) * sizeof(float)));
     const float *x = nullptr;
     long x_stride = 0;
-    if constexpr (sizeof(T) == 4) {
+    if constexpr (!COPIES) {
         x = static_cast<const float *>(rows.x);
         x_stride = rows.x_stride;
     } else {
-        const long wide = (linear.k + LANES - 1) / LANES * LANES;
-        auto *copy = static_cast<float *>(scratch(static_cast<std::size_t>(rows.m * wide) * sizeof(float)));
-        for (long i = 0; i < rows.m; i++)
-            for (long k = 0; k < linear.k; k += LANES)
-                store(copy + i * wide + k, load(static_cast<const T *>(rows.x) + i * rows.x_stride + k, linear.k - k));
+        float *copy = sums + sums_size(rows.m);
+        for (long i = 0; i < rows.m; i++) widen_row(static_cast<const T *>(rows.x) + i * rows.x_stride, copy + i * wide, linear.k);
         x = copy;
         x_stride = wide;
     }
     T *y = static_cast<T *>(rows.y);
-    for (long panel = begin; panel < end; panel++) panel_times_rows(linear, x, x_stride, y, rows.y_stride, rows.m, panel);
+    for (long panel = begin; panel < end; panel++) panel_times_rows(linear, x, x_stride, y, rows.y_stride, rows.m, panel, panel + 1 < end, sums);
 }
 
 // Half of a core's second cache; a panel of the other operand passes by.
 long row_block(const Linear &linear, long) { return std::max<long>(8 * ROWS, L2_SHARE / (linear.k * 4) / ROWS * ROWS); }
 
-template <class T> constexpr Kernels kernels{WIDTH, panel_bytes<T>, pack<T>, multiply<T>, row_block, PANELS};
+template <class T> constexpr Kernels kernels{WIDTH, panel_bytes<T>, pack<T>, multiply<T>, row_block, PANELS, DECODES<T>};
 
 }  // namespace
 
