@@ -60,9 +60,10 @@ KeptBlocks::KeptBlocks(const Linear &linear, long panel, long begin, long end) :
     end_ = std::lower_bound(first, last, end) - block.begin();
 }
 
-void decode(const Linear &linear, long panel, long begin, long end, std::uint16_t *out) {
+void decode(const Linear &linear, long panel, long begin, long end, std::uint16_t *out, long ahead) {
     const Reader reader(linear.panel(panel));
     for (long block = begin; block < end; block++) {
+        if (ahead) reader.prefetch(block, ahead);
         const Values values = reader.read(block);
         for (int i = 0; i < 4; i++)  // one by one: compilers take a copy of all four through the stack
             _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + (block - begin) * BLOCK + 16 * i), values.part[i]);

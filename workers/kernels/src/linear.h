@@ -57,8 +57,8 @@ const Kernels *amx_kernels();
 const Kernels &kernels_of(const Linear &linear);
 
 #ifdef UNDERSTUDY_CODED
-// Blocks [begin, end) of a coded panel, as they were packed.
-void decode(const Linear &linear, long panel, long begin, long end, std::uint16_t *out);
+// Blocks [begin, end) of a coded panel, as they were packed. Meanwhile the blocks that lie `ahead` bytes further on are asked for (0: none).
+void decode(const Linear &linear, long panel, long begin, long end, std::uint16_t *out, long ahead);
 
 // The blocks within [begin, end) of a panel that are kept apart, one after another.
 class KeptBlocks {

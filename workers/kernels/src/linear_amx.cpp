@@ -146,12 +146,12 @@ struct Ahead {
     }
 };
 
-constexpr long AHEAD = 8 * 1024;  // bytes of weights asked for before they are used, where they come from memory
+constexpr long UNITS = 2 * TILE / BLOCK_RAW;  // blocks of coded weights in a k block of a panel
+constexpr long AHEAD = 8 * 1024;              // bytes of weights asked for before they are used, where they come from memory
 
-// Adds k blocks [begin, end) of up to 32 rows (x: the first of them) and one panel to the tiles of sums.
+// Adds k blocks [begin, end) of up to 32 rows (x: the first of them) and one panel, whose values for them begin at w, to the tiles of sums.
 template <bool LOWER, bool STREAM>
-void add_k(const Linear &linear, const char *x, long x_bytes, long m, long panel, long begin, long end, Pending &pending, Ahead *ahead) {
-    const char *w = linear.packed + panel * linear.panel_bytes + begin * 2 * TILE;
+void add_k(const Linear &linear, const char *x, long x_bytes, long m, const char *w, long begin, long end, Pending &pending, Ahead *ahead) {
     const long whole = std::min(end, linear.k / K_BLOCK);
     for (long k = begin; k < whole; k++, w += 2 * TILE) {
         if constexpr (STREAM)
@@ -175,28 +175,52 @@ class Rectangle {
   public:
     Rectangle(const Linear &linear, const Rows &rows, long begin, long end)
         : linear_(linear), rows_(rows), begin_(begin), end_(end), row_blocks_((rows.m + 31) / 32), chunks_(k_chunks(linear.k, rows.m)) {
-        if (chunks_ > 1) partial_ = static_cast<float *>(scratch(static_cast<std::size_t>((end - begin) * row_blocks_) * 4 * TILE));
+        // Sums that wait: of each panel and block of rows; where rows are few, of one panel; a single block's stay in the tiles.
+        const long waiting = rows.m <= FEW_ROWS ? (linear.coded && row_blocks_ > 1 ? row_blocks_ : 0) : chunks_ > 1 ? (end - begin) * row_blocks_ : 0;
+        const long values = !linear.coded ? 0 : rows.m <= FEW_ROWS ? CODED_CHUNK : GROUP * chunk();  // k blocks of panels, decoded
+        if (!waiting && !values) return;
+        auto *memory = static_cast<char *>(scratch(static_cast<std::size_t>(waiting * 4 + values * 2) * TILE));
+        partial_ = reinterpret_cast<float *>(memory);
+        decoded_ = memory + waiting * 4 * TILE;
     }
 
     void run() {
-        if (rows_.m <= FEW_ROWS) {
-            for (long panel = begin_; panel < end_; panel++)
-                for (long row = 0; row < rows_.m; row += 32) block(row, panel, 0, k_blocks(linear_.k), row == 0);
-        } else {
+        if (rows_.m > FEW_ROWS) {
             run_blocked();
+        } else if (linear_.coded) {
+            run_coded();
+        } else {
+            for (long panel = begin_; panel < end_; panel++)
+                for (long row = 0; row < rows_.m; row += 32) block(row, panel, linear_.panel(panel), 0, k_blocks(linear_.k), row == 0, nullptr);
         }
         pending_.finish();
     }
 
     static constexpr long FEW_ROWS = 128;  // up to here a panel is read once and its rows go by
     static constexpr long GROUP = 4;       // panels that stay in the cache while all rows go by
+    static constexpr long CODED_CHUNK = 8;  // k blocks that are decoded, and then multiplied from the first cache, where rows are few
 
     static long k_chunks(long k, long m) { return m <= FEW_ROWS || k <= 1280 ? 1 : (k + 1279) / 1280; }
 
   private:
+    long chunk() const { return (k_blocks(linear_.k) + chunks_ - 1) / chunks_; }  // of k, in blocks
+
+    // A chunk of a panel is decoded once for all blocks of rows, whose sums wait between chunks.
+    void run_coded() {
+        const long blocks = k_blocks(linear_.k);
+        for (long panel = begin_; panel < end_; panel++)
+            for (long k = 0; k < blocks; k += CODED_CHUNK) {
+                const long k_end = std::min(k + CODED_CHUNK, blocks);
+                decode(linear_, panel, k * UNITS, k_end * UNITS, reinterpret_cast<std::uint16_t *>(decoded_), AHEAD);
+                written();
+                for (long row = 0; row < rows_.m; row += 32)
+                    block(row, panel, decoded_, k, k_end, false, row_blocks_ > 1 ? partial_ + row / 32 * TILE : nullptr);
+            }
+    }
+
     // While a group of panels is multiplied, the next group's chunk comes in, and so do the rows' next chunks.
     void run_blocked() {
-        const long blocks = k_blocks(linear_.k), size = (blocks + chunks_ - 1) / chunks_, x_bytes = rows_.x_stride * 2;
+        const long blocks = k_blocks(linear_.k), size = chunk(), x_bytes = rows_.x_stride * 2;
         for (long k = 0; k < blocks; k += size) {
             const long k_end = std::min(k + size, blocks), steps = row_blocks_ * (k_end - k);
             if (k_end < blocks) {
@@ -209,25 +233,41 @@ class Rectangle {
                     ahead_weights(group_end, k, k_end, steps * (group_end - group));
                 else if (k_end < blocks)
                     ahead_weights(begin_, k_end, std::min(k_end + size, blocks), steps * (group_end - group));
-                const bool first = k == 0 && group == begin_;
+                const bool first = !linear_.coded && k == 0 && group == begin_;
+                const long apart = linear_.coded ? size * 2 * TILE : linear_.raw_bytes;
+                const char *w = linear_.coded ? decoded_ : linear_.panel(group) + k * 2 * TILE;
+                if (linear_.coded) decode_group(group, group_end, k, k_end, apart);
                 for (long row = 0; row < rows_.m; row += 32)
-                    for (long panel = group; panel < group_end; panel++) block(row, panel, k, k_end, first && row == 0);
+                    for (long panel = group; panel < group_end; panel++) {
+                        float *waiting = chunks_ > 1 ? partial_ + ((panel - begin_) * row_blocks_ + row / 32) * TILE : nullptr;
+                        block(row, panel, w + (panel - group) * apart, k, k_end, first && row == 0, waiting);
+                    }
             }
         }
     }
 
+    void decode_group(long group, long group_end, long k, long k_end, long apart) {
+        for (long panel = group; panel < group_end; panel++) {
+            auto *to = reinterpret_cast<std::uint16_t *>(decoded_ + (panel - group) * apart);
+            decode(linear_, panel, k * UNITS, k_end * UNITS, to, group == begin_ && k == 0 ? AHEAD : 0);
+        }
+        written();
+    }
+
     void ahead_weights(long panel, long k, long k_end, long steps) {
-        ahead_[0].plan(linear_.packed + panel * linear_.panel_bytes + k * 2 * TILE, (k_end - k) * 2 * TILE, linear_.panel_bytes,
+        const long bytes = linear_.coded ? UNITS * BLOCK_BYTES : 2 * TILE;  // of a k block
+        ahead_[0].plan(linear_.panel(panel) + (linear_.coded ? BOOK_BYTES : 0) + k * bytes, (k_end - k) * bytes, linear_.panel_bytes,
                        std::min(GROUP, end_ - panel), steps);
     }
 
-    void block(long row, long panel, long k_begin, long k_end, bool stream) {
+    // One block of rows by k blocks [k_begin, k_end) of a panel, whose values for them begin at w. Sums that are not finished go to `partial`, or
+    // stay in the tiles where it is null.
+    void block(long row, long panel, const char *w, long k_begin, long k_end, bool stream, float *partial) {
         const long m = std::min<long>(32, rows_.m - row);
         const bool lower = m > 16;
         tiles_.configure(static_cast<int>(m));
-        float *partial = chunks_ > 1 ? partial_ + ((panel - begin_) * row_blocks_ + row / 32) * TILE : nullptr;
         if (k_begin > 0) {
-            load_sums(partial, lower);
+            if (partial) load_sums(partial, lower);
         } else {
             _tile_zero(0);
             _tile_zero(1);
@@ -235,8 +275,11 @@ class Rectangle {
             _tile_zero(3);
         }
         const auto add = stream ? (lower ? add_k<true, true> : add_k<false, true>) : (lower ? add_k<true, false> : add_k<false, false>);
-        add(linear_, static_cast<const char *>(rows_.x) + row * rows_.x_stride * 2, rows_.x_stride * 2, m, panel, k_begin, k_end, pending_, ahead_);
-        if (k_end < k_blocks(linear_.k)) return store_sums(partial, lower);
+        add(linear_, static_cast<const char *>(rows_.x) + row * rows_.x_stride * 2, rows_.x_stride * 2, m, w, k_begin, k_end, pending_, ahead_);
+        if (k_end < k_blocks(linear_.k)) {
+            if (partial) store_sums(partial, lower);
+            return;
+        }
         pending_.finish();
         turn_ = !turn_;
         store_sums(sums_[turn_], lower);
@@ -258,6 +301,7 @@ class Rectangle {
     const Rows &rows_;
     long begin_, end_, row_blocks_, chunks_;
     float *partial_ = nullptr;
+    char *decoded_ = nullptr;
     alignas(64) float sums_[2][32 * 32];
     bool turn_ = false;
     Pending pending_;
@@ -270,7 +314,7 @@ void multiply(const Linear &linear, const Rows &rows, long begin, long end) { Re
 // Rows of which a chunk of k, with the float32 sums of a piece and two groups of weights, fits a cache of 2 MB.
 long row_block(const Linear &linear, long m) { return Rectangle::k_chunks(linear.k, m) > 1 ? 256 : std::max<long>(64, (1L << 19) / (linear.k * 2) / 32 * 32); }
 
-constexpr Kernels kernels{WIDTH, panel_bytes, pack, multiply, row_block, 32, false};
+constexpr Kernels kernels{WIDTH, panel_bytes, pack, multiply, row_block, 32, true};
 
 // The kernel saves tile registers only for processes that asked for them (ARCH_REQ_XCOMP_PERM, XTILEDATA).
 bool permitted() {

@@ -194,7 +194,7 @@ template <class T, int P> void strip(const Linear &linear, const float *x, long 
         Stretch stretch{linear, panel, first, k, std::min(chunk, linear.k - k), decoded, size, nullptr, 0, follows};
         const long block = first * groups(linear.k) + k / GROUP;
         if (aside) {
-            decode(linear, panel, block, block + groups(stretch.count), decoded);
+            decode(linear, panel, block, block + groups(stretch.count), decoded, 0);
             stretch.ahead = linear.panel(panel) + BOOK_BYTES + (block + groups(stretch.count)) * BLOCK_BYTES;
             stretch.pace = BLOCK_BYTES / GROUP;
         } else if (!coded) {
