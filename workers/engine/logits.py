@@ -1,4 +1,5 @@
-"""Logits of a step whose vocabulary is divided over ranks: the likeliest of every row, and whole rows where asked for.
+"""Logits of a step that nobody has as a whole, because the vocabulary is divided over ranks or most of it was not
+computed: the likeliest of every row, and whole rows where asked for.
 
 S rows, W of them whole, V vocabulary.
 """
@@ -40,6 +41,11 @@ class DividedLogits:
 
 
 Logits: TypeAlias = Tensor | DividedLogits
+
+
+def likeliest_only(ids: Tensor, values: Tensor) -> DividedLogits:
+    """Of rows that nobody wants whole: their likeliest tokens int64 [S] and the logits of those."""
+    return DividedLogits(ids, values, [-1] * len(ids), values.new_zeros(0, 0))
 
 
 def whole_rows(logits: Logits, which: Sequence[int] | None = None) -> Tensor:

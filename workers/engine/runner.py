@@ -15,7 +15,7 @@ from torch import Tensor
 
 from workers.cache.store import BlockStore
 from workers.engine.contract import EngineConfig
-from workers.engine.logits import Logits, collect
+from workers.engine.logits import Logits, collect, likeliest_only
 from workers.engine.plan import Chunk, StepPlan, halved
 from workers.engine.sizes import agreed, available_memory, block_bytes, cache_size, spare_experts
 from workers.engine.watch import Watch, WatchedOps
@@ -178,8 +178,8 @@ class Runner:
 
     @property
     def divided(self) -> bool:
-        """Whether other ranks hold a part of the vocabulary."""
-        return self._group.size > 1
+        """See `StepRunner`: other ranks hold a part of the vocabulary, or the head has a sieve."""
+        return self._group.size > 1 or self._open().sieve is not None
 
     def run(self, plan: StepPlan) -> Logits:
         """Computes every row of the plan, in order, and writes its keys and values.
@@ -197,7 +197,7 @@ class Runner:
         steps = self._prepare_all(plan)
         if isinstance(self.experts, Spread):
             plan.experts = self.experts.latest()
-        if not self.divided:
+        if self._group.size == 1:
             self._obey(plan)
             return self._timed(plan, steps) if steps else nothing
         self._group.tell(encode_plan(plan))
@@ -278,6 +278,11 @@ class Runner:
             logits = torch.cat(decoder.forward_halves(halves, self._caches))
         elif any(c.probe is not None for c in step.chunks):
             logits = self._watched(decoder, step)
+        elif step.whole == [False] and decoder.sieve is not None:
+            found = decoder.forward_likeliest(step.ids, step.batch, self._caches, step.sampled)
+            if isinstance(found, tuple):
+                return likeliest_only(*found)
+            logits = found
         else:
             logits = decoder.forward(step.ids, step.batch, self._caches, step.sampled)
         whole = [each for step in steps for each in step.whole]
@@ -303,7 +308,7 @@ class Runner:
         """Lets go of weights and cache, of what lies behind it, and of the other ranks. Idempotent."""
         if self.store is not None:
             self.store.close()
-        if self._decoder is not None and self.divided and self._group.rank == 0:
+        if self._decoder is not None and self._group.size > 1 and self._group.rank == 0:
             try:
                 self._group.tell(b"")
             except GroupBroken as error:

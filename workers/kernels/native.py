@@ -18,12 +18,22 @@ from torch import Tensor
 from workers.kernels import build, native_attention
 from workers.kernels.checks import ACTS, GATED, check_route, check_slots, known_act
 from workers.kernels.native_attention import DTYPES, NativeAttention
-from workers.kernels.native_linear import ACT_CODES, NativeExperts, NativeGated, NativeLinear, NativePerHead, adjacent
+from workers.kernels.native_linear import (
+    ACT_CODES,
+    NativeExperts,
+    NativeGated,
+    NativeLinear,
+    NativePerHead,
+    NativeSieve,
+    adjacent,
+)
 from workers.model.spec import Route
 
 VERSION = 3
 
 _FAMILIES = {"generic": 0, "avx512bf16": 1, "amx": 2}
+
+_SIFTED = 8 << 20  # bytes of a head from which on reading it takes longer than two looks at parts of it
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
@@ -35,6 +45,9 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "understudy_linear_new": (_P, [_I, _I, _P, _L, _L, _L, _P, _I]),
     "understudy_linear_bytes": (_L, [_P]),
     "understudy_linear_free": (None, [_P]),
+    "understudy_sieve_new": (_P, [_P, _P, _L]),
+    "understudy_sieve_free": (None, [_P]),
+    "understudy_sieve": (_L, [_P, _P, _P, _P, _P]),
     "understudy_linear": (None, [_P, _P, _L, _P, _L, _L]),
     "understudy_gated": (_I, [_I, _P, _P, _P, _L, _P, _L, _L]),
     "understudy_experts_new": (_P, [_P, _L, _I]),
@@ -132,6 +145,13 @@ class NativeOps(NativeAttention):
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> NativeLinear:
         return NativeLinear(self.lib, self._family, weight, bias, self.dtype)
+
+    def sieve(self, head: Any, weight: Tensor) -> NativeSieve | None:
+        if not isinstance(head, NativeLinear) or self.dtype is not torch.bfloat16 or head.bytes < _SIFTED:
+            return None
+        w = adjacent(weight.to(self.dtype))
+        handle = self.lib.understudy_sieve_new(head.handle, w.data_ptr(), w.stride(0))
+        return NativeSieve(self.lib, head, handle) if handle else None
 
     def gated(
         self,

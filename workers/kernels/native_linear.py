@@ -82,6 +82,28 @@ class NativeLinear:
         self._call(self.handle, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), t)
 
 
+class NativeSieve:
+    """Finds the greatest of a linear's outputs for one row from its weight in eight bits (`src/sieve.cpp`)."""
+
+    __slots__ = ("__weakref__", "_call", "_handle", "_linear")
+
+    def __init__(self, lib: ctypes.CDLL, linear: NativeLinear, handle: int) -> None:
+        self._linear, self._handle = linear, handle  # which refers to the linear
+        self._call: Callable[..., int] = lib.understudy_sieve
+        weakref.finalize(self, lib.understudy_sieve_free, handle).atexit = False
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """See `workers.kernels.ops.Sieve`."""
+        n, k = self._linear.n, self._linear.k
+        if x.shape != (1, k) or x.dtype is not torch.bfloat16:
+            raise ValueError(f"this sieve takes [1, {k}] torch.bfloat16, not {list(x.shape)} {x.dtype}")
+        x, y = adjacent(x), torch.empty(n, dtype=torch.bfloat16)
+        ids, values = torch.empty(1, dtype=torch.int64), torch.empty(1, dtype=torch.float32)
+        if self._call(self._handle, x.data_ptr(), y.data_ptr(), ids.data_ptr(), values.data_ptr()) < 0:
+            return None
+        return ids, values
+
+
 class NativeGated:
     """act(x gate^T) * (x up^T), in one pass over x."""
 

@@ -34,6 +34,14 @@ class Linear(Protocol):
         ...
 
 
+class Sieve(Protocol):
+    """Finds the greatest output of a linear over the vocabulary without computing all of them."""
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """x [1, K] -> `Ops.argmax` of the linear's row, int64 [1], and its logit, float32 [1]: exactly those. None
+        where it would have to compute too many, or found what is not finite."""
+
+
 class Experts(Protocol):
     """The packed gated experts of one layer."""
 
@@ -111,6 +119,9 @@ class Ops(Protocol):
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """Packs a weight [N, K] (copied; the argument may be a memory-mapped view and is not kept)."""
+
+    def sieve(self, head: Any, weight: Tensor) -> Sieve | None:
+        """A sieve for a linear that this object packed from `weight` [V, H]; None where it would save no time."""
 
     def gated(
         self,

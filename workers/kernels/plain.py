@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,9 @@ class PlainOps(PlainAttention):
         )
 
     # Linears -------------------------------------------------------------------------------------------------------
+
+    def sieve(self, head: Any, weight: Tensor) -> None:
+        return None
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> RowLinear:
         n, k = weight.shape

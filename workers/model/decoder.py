@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workers.kernels.ops import Batch, KvCache, Linear, Ops
+from workers.kernels.ops import Batch, KvCache, Linear, Ops, Sieve
 from workers.model.attention import AttentionLayer, RopeTables, load_attention
 from workers.model.ffn import DenseLayer, MoeLayer, load_ffn
 from workers.model.latent import LatentAttention, load_latent
@@ -71,6 +71,7 @@ class Decoder:
     final: Joint
     project_out: Linear | None  # H -> embed_dim
     head: Linear  # [V, embed_dim], or this rank's rows of it
+    sieve: Sieve | None = None  # of the head, where one row's likeliest token can be had for less than all logits
     share: Share = WHOLE
     group: Group = ALONE
 
@@ -87,18 +88,29 @@ class Decoder:
     def forward(self, ids: Tensor, batch: Batch, caches: list[KvCache], sampled: Tensor) -> Tensor:
         """ids: int64 [T]; caches: one per cache group; sampled: int64 [S], ascending -> logits [S, V], of a
         divided model this rank's columns of them."""
-        return _in_turns([self._layers(ids, batch, caches, sampled)])[0]
+        return self.logits(_in_turns([self._layers(ids, batch, caches, sampled)])[0])
+
+    @torch.inference_mode()
+    def forward_likeliest(
+        self, ids: Tensor, batch: Batch, caches: list[KvCache], sampled: Tensor
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`forward` for a step whose one sampled row is wanted for its likeliest token alone: that and its logit,
+        int64 [1] and float32 [1]; where it took all logits to find it, those."""
+        x = _in_turns([self._layers(ids, batch, caches, sampled)])[0]
+        found = None if self.sieve is None else self.sieve(self._before_head(x))
+        return self.logits(x) if found is None else found
 
     @torch.inference_mode()
     def forward_halves(self, halves: Sequence[tuple[Tensor, Batch, Tensor]], caches: list[KvCache]) -> list[Tensor]:
         """`forward` of (ids, batch, sampled) each, layer by layer in turns, so that this device has something to do
         while experts elsewhere compute. Rows of a later half may read what an earlier one writes."""
-        return _in_turns([self._layers(ids, batch, caches, sampled) for ids, batch, sampled in halves])
+        passes = [self._layers(ids, batch, caches, sampled) for ids, batch, sampled in halves]
+        return [self.logits(x) for x in _in_turns(passes)]
 
     def _layers(
         self, ids: Tensor, batch: Batch, caches: list[KvCache], sampled: Tensor
     ) -> Generator[None, None, Tensor]:
-        """Yields where rows are on their way to experts."""
+        """The normed stream of the sampled rows, [S, H]. Yields where rows are on their way to experts."""
         ops, parallel = self.ops, self.spec.block.parallel
         stream, delta = self.embed(ops, ids, batch.positions), None
         for layer in self.layers:
@@ -106,7 +118,7 @@ class Decoder:
             x = layer.attention.mix(ops, x, layer.rope, batch, caches)
             if layer is self.layers[-1] and len(sampled) < len(ids):  # from here on only the rows that somebody wants
                 if not len(sampled):
-                    return x.new_zeros(0, self.head.n)
+                    return stream[:0]
                 x, stream = x[sampled], stream[sampled]
             delta = _after(ops, layer.attention.out(x), layer.attention_after)
             x = layer.ffn_in(ops, None if parallel else delta, stream)
@@ -120,13 +132,16 @@ class Decoder:
                 delta += x
             else:
                 delta = _after(ops, x, layer.ffn_after)
-        return self.logits(self.final(ops, delta, stream))
+        return self.final(ops, delta, stream)
 
     def logits(self, x: Tensor) -> Tensor:
         """[S, H] -> [S, V]"""
-        logits = self.head(x if self.project_out is None else self.project_out(x))
+        logits = self.head(self._before_head(x))
         cap = self.spec.final_softcap
         return logits if cap is None else self.ops.softcap(logits, cap)
+
+    def _before_head(self, x: Tensor) -> Tensor:
+        return x if self.project_out is None else self.project_out(x)
 
 
 def _in_turns(passes: Sequence[Generator[None, None, Tensor]]) -> list[Tensor]:
@@ -155,7 +170,8 @@ def load_decoder(spec: ModelSpec, load: Loader, ops: Ops, max_context: int, devi
             tables[rope] = _tables(spec, rope, max_context, device)
     embed = _load_embedding(spec, load, names, max_context)
     layers, final = _load_layers(spec, load, names, tables)
-    width, vocabulary = spec.embed_dim or spec.hidden, load.share.some(spec.vocab_size)
+    width = spec.embed_dim or spec.hidden
+    head, sieve = _load_head(spec, load, names, embed.table, width)
     return Decoder(
         spec=spec,
         ops=ops,
@@ -165,12 +181,20 @@ def load_decoder(spec: ModelSpec, load: Loader, ops: Ops, max_context: int, devi
         project_out=load.linear([names.within(names.project_out)], [width], spec.hidden, bias=False)
         if spec.embed_dim
         else None,
-        head=ops.linear(embed.table)
-        if spec.tie_embeddings
-        else load.linear([names.head], [spec.vocab_size], width, bias=False, rows=[[vocabulary]]),
+        head=head,
+        sieve=sieve,
         share=load.share,
         group=load.group,
     )
+
+
+def _load_head(spec: ModelSpec, load: Loader, names: Names, table: Tensor, width: int) -> tuple[Linear, Sieve | None]:
+    """The head, of `table` where it is tied. A cap on logits could make equals of them that a sieve tells apart."""
+    weight = table
+    if not spec.tie_embeddings:
+        weight = load.rows(f"{names.head}.weight", spec.vocab_size, width, rows=[load.share.some(spec.vocab_size)])
+    head = load.ops.linear(weight)
+    return head, load.ops.sieve(head, weight) if load.share.size == 1 and spec.final_softcap is None else None
 
 
 def _tables(spec: ModelSpec, rope: Rope, positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
