@@ -10,12 +10,13 @@ READY  := $(VENV)/.ready
 PIP_ARGS ?=
 ARGS   ?=
 
-.PHONY: help setup serve test lint format proto check-proto lock bench clean
+.PHONY: help setup serve test emulate lint format proto check-proto lock bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
 	@echo "make lint    ruff, mypy, import layers, stubs against the .proto files"
+	@echo "make emulate tests the AVX-512 and AMX linears on a CPU without them (slow; g++)"
 	@echo "make proto   writes understudy/v1 from proto/"
 	@echo "make lock    writes requirements.lock from pyproject.toml"
 	@echo "make bench   measures the engine and the whole service (docs/benchmarks.md)"
@@ -40,6 +41,10 @@ ifeq ($(strip $(ARGS)),)
 else
 	@$(BIN)/python -m pytest $(ARGS)
 endif
+
+emulate: $(READY)
+	@CXX=$(CURDIR)/tools/emulate/cxx UNDERSTUDY_CACHE=$(CURDIR)/$(VENV)/emulated $(BIN)/python -m pytest -n 2 \
+	  -k "avx512bf16 or amx" tests/contract/test_ops.py tests/contract/test_coded.py tests/contract/test_sieve.py
 
 lint: $(READY) check-proto
 	@$(BIN)/ruff check .

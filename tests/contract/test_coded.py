@@ -24,7 +24,7 @@ def ops(request: pytest.FixtureRequest) -> NativeOps:
 
 
 def pair(ops: NativeOps, weight: Tensor, bias: Tensor | None = None) -> tuple[NativeLinear, NativeLinear]:
-    raw, coded = (NativeLinear(ops.lib, ops._family, weight, bias, BF16, each) for each in ("raw", "coded"))
+    raw, coded = (NativeLinear(ops.lib, ops.family, weight, bias, BF16, each) for each in ("raw", "coded"))
     return raw, coded
 
 
@@ -62,7 +62,7 @@ def test_auto_codes_what_is_large(ops: NativeOps) -> None:
     for n, codes in ((64, False), (1024, decodes(ops))):
         weight = normal(n, 896)
         raw, coded = pair(ops, weight)
-        auto = NativeLinear(ops.lib, ops._family, weight, None, BF16)
+        auto = NativeLinear(ops.lib, ops.family, weight, None, BF16)
         assert auto.bytes == (coded if codes else raw).bytes
 
 

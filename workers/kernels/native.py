@@ -118,7 +118,7 @@ class NativeOps(NativeAttention):
         self.lib, library = _library()
         self.isa = self._choose(isa)
         self._wide: NativeOps | None = None
-        self._code, self._family = DTYPES[dtype], _FAMILIES[self.isa]
+        self._code, self.family = DTYPES[dtype], _FAMILIES[self.isa]  # `enum Family` of src/linear.h
         self.numerics_id = "/".join(
             (f"native-{VERSION}", library.key, library.compiler, self.isa, str(dtype).removeprefix("torch."))
         )
@@ -144,7 +144,7 @@ class NativeOps(NativeAttention):
         )
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> NativeLinear:
-        return NativeLinear(self.lib, self._family, weight, bias, self.dtype)
+        return NativeLinear(self.lib, self.family, weight, bias, self.dtype)
 
     def sieve(self, head: Any, weight: Tensor) -> NativeSieve | None:
         if not isinstance(head, NativeLinear) or self.dtype is not torch.bfloat16 or head.bytes < _SIFTED:
