@@ -4,7 +4,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=$1
-computing=(tests/parity tests/contract tests/unit/model tests/unit/kernels tests/unit/engine tests/unit/grammar tests/unit/chat tests/unit/k8s)
+computing=(tests/parity tests/contract)
+computing+=(tests/unit/model tests/unit/kernels tests/unit/engine tests/unit/grammar tests/unit/chat tests/unit/k8s)
 services=(tests/chaos tests/cluster)
 log=$(mktemp)
 beside=

@@ -19,3 +19,10 @@ def native(request: pytest.FixtureRequest) -> NativeOps:
     made = get(request.param)
     assert isinstance(made, NativeOps)
     return made
+
+
+@pytest.fixture(params=[kind for kind in NATIVE if " bfloat16 " in kind])
+def bf16_ops(request: pytest.FixtureRequest) -> NativeOps:
+    made = get(request.param)
+    assert isinstance(made, NativeOps)
+    return made

@@ -6,30 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implementations import get, random
 from torch import Tensor
 
-from tests.contract.implementations import KINDS, get
 from workers.kernels.native import NativeOps
 from workers.kernels.native_linear import NativeLinear, NativeSieve
 
 BF16 = torch.bfloat16
 
 
-@pytest.fixture(params=[kind for kind in KINDS if kind.startswith("native bfloat16")])
-def ops(request: pytest.FixtureRequest) -> NativeOps:
-    made = get(request.param)
-    assert isinstance(made, NativeOps)
-    return made
-
-
 def sieve_of(ops: NativeOps, weight: Tensor) -> tuple[NativeLinear, NativeSieve | None]:
     head = ops.linear(weight)
     handle = ops.lib.understudy_sieve_new(head.handle, weight.data_ptr(), weight.stride(0))
     return head, NativeSieve(ops.lib, head, handle) if handle else None
-
-
-def normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(BF16)
 
 
 def agree(ops: NativeOps, head: NativeLinear, sieve: NativeSieve, x: Tensor) -> bool:
@@ -44,40 +33,40 @@ def agree(ops: NativeOps, head: NativeLinear, sieve: NativeSieve, x: Tensor) -> 
 
 
 @pytest.mark.parametrize(("n", "k"), [(4096, 64), (5000, 65), (3001, 96), (8192, 300)])
-def test_the_likeliest_is_found(ops: NativeOps, n: int, k: int) -> None:
-    weight = normal(n, k, seed=1, scale=0.02)
-    head, sieve = sieve_of(ops, weight)
+def test_the_likeliest_is_found(bf16_ops: NativeOps, n: int, k: int) -> None:
+    weight = random(BF16, n, k, seed=1, scale=0.02)
+    head, sieve = sieve_of(bf16_ops, weight)
     if sieve is None:
-        pytest.skip("these kernels have no sieve")
+        pytest.skip("no sieve without AVX2")
     answered = 0
     for seed in range(40):
-        answered += agree(ops, head, sieve, normal(1, k, seed=seed))
-        toward = weight[seed * 71].float() * 40 + normal(1, k, seed=seed).float()  # one far ahead, as in trained models
-        assert agree(ops, head, sieve, toward.to(BF16))
+        answered += agree(bf16_ops, head, sieve, random(BF16, 1, k, seed=seed))
+        toward = weight[seed * 71] * 40 + random(BF16, 1, k, seed=seed)  # one far ahead, as in trained models
+        assert agree(bf16_ops, head, sieve, toward)
     assert answered > 0
 
 
-def test_of_equals_the_first_is_found(ops: NativeOps) -> None:
-    weight = normal(4096, 64, seed=2)
+def test_of_equals_the_first_is_found(bf16_ops: NativeOps) -> None:
+    weight = random(BF16, 4096, 64, seed=2)
     weight[[3000, 77, 4095]] = weight[1234] * 2
     weight[1234] = weight[77]
-    _, sieve = sieve_of(ops, weight)
+    _, sieve = sieve_of(bf16_ops, weight)
     if sieve is None:
-        pytest.skip("these kernels have no sieve")
+        pytest.skip("no sieve without AVX2")
     found = sieve(weight[77:78].clone())
     assert found is not None
     assert found[0].item() == 77
 
 
-def test_what_rounding_makes_equal_is_not_lost(ops: NativeOps) -> None:
+def test_what_rounding_makes_equal_is_not_lost(bf16_ops: NativeOps) -> None:
     """Columns that differ by less than the logit's last bit: the lower id wins, though its sum is smaller."""
-    weight = normal(4096, 64, seed=3)
+    weight = random(BF16, 4096, 64, seed=3)
     direction = torch.ones(64)
     weight[100], weight[2000] = direction.to(BF16), direction.to(BF16)
     weight[100, 0] = 0.9921875  # one unit in the last place below
-    head, sieve = sieve_of(ops, weight)
+    head, sieve = sieve_of(bf16_ops, weight)
     if sieve is None:
-        pytest.skip("these kernels have no sieve")
+        pytest.skip("no sieve without AVX2")
     x = torch.ones(1, 64, dtype=BF16)
     assert head(x)[0, 100] == head(x)[0, 2000]
     found = sieve(x)
@@ -85,36 +74,36 @@ def test_what_rounding_makes_equal_is_not_lost(ops: NativeOps) -> None:
     assert found[0].item() == 100
 
 
-def test_what_a_sieve_cannot_tell_it_leaves(ops: NativeOps) -> None:
-    weight = normal(4096, 64, seed=4)
-    _, sieve = sieve_of(ops, weight)
+def test_what_a_sieve_cannot_tell_it_leaves(bf16_ops: NativeOps) -> None:
+    weight = random(BF16, 4096, 64, seed=4)
+    _, sieve = sieve_of(bf16_ops, weight)
     if sieve is None:
-        pytest.skip("these kernels have no sieve")
+        pytest.skip("no sieve without AVX2")
     for value in (0.0, float("nan"), float("inf")):
         assert sieve(torch.full((1, 64), value, dtype=BF16)) is None
-    x = normal(1, 64, seed=5)
+    x = random(BF16, 1, 64, seed=5)
     x[0, 3] = float("nan")
     assert sieve(x) is None
-    _, flat = sieve_of(ops, weight[:1].expand(4096, 64).contiguous())  # all alike
+    _, flat = sieve_of(bf16_ops, weight[:1].expand(4096, 64).contiguous())  # all alike
     assert flat is not None
-    assert flat(normal(1, 64, seed=5)) is None
+    assert flat(random(BF16, 1, 64, seed=5)) is None
 
 
-def test_no_sieve_of_what_is_not_finite(ops: NativeOps) -> None:
-    weight = normal(4096, 64, seed=6)
+def test_no_sieve_of_what_is_not_finite(bf16_ops: NativeOps) -> None:
+    weight = random(BF16, 4096, 64, seed=6)
     weight[4000, 63] = float("inf")
-    assert sieve_of(ops, weight)[1] is None
+    assert sieve_of(bf16_ops, weight)[1] is None
 
 
-def test_a_small_head_has_none(ops: NativeOps) -> None:
-    weight = normal(640, 64, seed=7)
-    assert ops.sieve(ops.linear(weight), weight) is None
+def test_a_small_head_has_none(bf16_ops: NativeOps) -> None:
+    weight = random(BF16, 640, 64, seed=7)
+    assert bf16_ops.sieve(bf16_ops.linear(weight), weight) is None
 
 
-def test_a_sieve_says_what_does_not_fit(ops: NativeOps) -> None:
-    _, sieve = sieve_of(ops, normal(4096, 64, seed=8))
+def test_a_sieve_says_what_does_not_fit(bf16_ops: NativeOps) -> None:
+    _, sieve = sieve_of(bf16_ops, random(BF16, 4096, 64, seed=8))
     if sieve is None:
-        pytest.skip("these kernels have no sieve")
+        pytest.skip("no sieve without AVX2")
     for x in (torch.zeros(2, 64, dtype=BF16), torch.zeros(1, 63, dtype=BF16), torch.zeros(1, 64)):
         with pytest.raises(ValueError, match="this sieve takes"):
             sieve(x)

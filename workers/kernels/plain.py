@@ -54,15 +54,15 @@ class PlainOps(PlainAttention):
 
     # Linears -------------------------------------------------------------------------------------------------------
 
-    def sieve(self, head: Any, weight: Tensor) -> None:
-        return None
-
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> RowLinear:
         n, k = weight.shape
         shape = (n, k, bias is not None)
         if shape not in self._proven:
             self._proven[shape] = self._prove(*shape)
         return RowLinear(self._product(weight, bias), n, k, self._proven[shape])
+
+    def sieve(self, head: Any, weight: Tensor) -> None:
+        return None
 
     def _prove(self, n: int, k: int, biased: bool) -> tuple[int, ...]:
         """The row counts that give equal bits at this shape.

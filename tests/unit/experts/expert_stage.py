@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -108,10 +107,3 @@ class Process:
         assert self.process.stdout is not None
         self.process.stdin.close()
         self.process.stdout.close()
-
-
-def until(predicate: Callable[[], object], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not predicate():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.01)

@@ -14,7 +14,8 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from expert_stage import SECRET, Process, hosts_of, open_host, plan_of, runner_over, spread, until
+from expert_stage import SECRET, Process, hosts_of, open_host, plan_of, runner_over, spread
+from service_process import until
 from tiny_mixture import write_mixture
 
 from understudy.errors import ConfigError, Unavailable

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from expert_stage import SECRET, Process, open_host, until
+from expert_stage import SECRET, Process, open_host
+from service_process import until
 
 from workers.experts.process import HostPlan
 

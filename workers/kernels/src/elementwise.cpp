@@ -71,8 +71,7 @@ template <> float stretch_max(const bf16 *x, long n) {
         beyond = std::max(beyond, size);
     }
     if (beyond > 0x7f80) return std::numeric_limits<float>::quiet_NaN();
-    const bf16 value{static_cast<std::uint16_t>(top ^ ((top >> 15) & 0x7fff))};
-    return load(&value, 1)[0];
+    return widened(bf16{static_cast<std::uint16_t>(top ^ ((top >> 15) & 0x7fff))});
 }
 
 // The threads read each row once, a stretch at a time; then only the first stretch that holds the greatest value is looked into.

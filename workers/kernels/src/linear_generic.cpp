@@ -85,12 +85,8 @@ template <class T> void widen_row(const T *x, float *to, long k) {
     for (long i = 0; i < k; i += LANES) store(to + i, load(x + i, k - i));
 }
 
-// In a shape that compilers make plain vector code of: one row's weights are read in little more time.
-template <> void widen_row(const bf16 *x, float *to, long k) {
-    for (long i = 0; i < k; i++) {
-        const std::uint32_t bits = static_cast<std::uint32_t>(x[i].bits) << 16;
-        std::memcpy(to + i, &bits, sizeof bits);
-    }
+template <> void widen_row(const bf16 *x, float *to, long k) {  // faster: one row's weights are read in little more time
+    for (long i = 0; i < k; i++) to[i] = widened(x[i]);
 }
 
 template <class T> void multiply(const Linear &linear, const Rows &rows, long begin, long end) {

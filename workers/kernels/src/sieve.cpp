@@ -66,7 +66,7 @@ template <class T> float quantize(float *x, long k, float levels, T *q) {
 }
 
 // False where a value is not finite.
-bool fill(Sieve &sieve, const std::uint16_t *w, long w_stride, long panel) {
+bool fill(Sieve &sieve, const bf16 *w, long w_stride, long panel) {
     const long k = sieve.linear.k, columns = std::min(WIDTH, sieve.linear.n - panel * WIDTH);
     std::vector<float> values(static_cast<std::size_t>(k));
     std::vector<std::int8_t> q(static_cast<std::size_t>(2 * sieve.pairs), 0);
@@ -74,10 +74,7 @@ bool fill(Sieve &sieve, const std::uint16_t *w, long w_stride, long panel) {
     std::memset(out, 0, static_cast<std::size_t>(sieve.pairs * WIDTH * 2));
     for (long j = 0; j < columns; j++) {
         const long column = panel * WIDTH + j;
-        for (long i = 0; i < k; i++) {
-            const std::uint32_t bits = static_cast<std::uint32_t>(w[column * w_stride + i]) << 16;
-            std::memcpy(&values[static_cast<std::size_t>(i)], &bits, 4);
-        }
+        std::transform(w + column * w_stride, w + column * w_stride + k, values.begin(), widened);
         const auto at = static_cast<std::size_t>(column);
         sieve.norm[at] = norm_of(values.data(), k);
         sieve.scale[at] = quantize(values.data(), k, 127.0f, q.data());
@@ -93,18 +90,15 @@ struct Row {
     std::vector<std::int16_t> q;
     float step = 0, norm = 0, error = 0;
 
-    Row(const std::uint16_t *x, long k) : q(static_cast<std::size_t>((k + 1) / 2 * 2), 0) {
+    Row(const bf16 *x, long k) : q(static_cast<std::size_t>((k + 1) / 2 * 2), 0) {
         std::vector<float> values(static_cast<std::size_t>(k));
-        for (long i = 0; i < k; i++) {
-            const std::uint32_t bits = static_cast<std::uint32_t>(x[i]) << 16;
-            std::memcpy(&values[static_cast<std::size_t>(i)], &bits, 4);
-        }
+        std::transform(x, x + k, values.begin(), widened);
         norm = norm_of(values.data(), k);
         if (!std::isfinite(norm)) return;  // so that no NaN becomes an integer
         const float levels = std::floor(std::min(32767.0f, 2.1e9f / (127.0f * static_cast<float>(2 * ((k + 1) / 2)))));  // sums fit 32 bits
         step = quantize(values.data(), k, levels, q.data());
         error = norm_of(values.data(), k);
-        if (k > 100000 || !std::isfinite(step)) step = 0;
+        if (!std::isfinite(step)) step = 0;
     }
 };
 
@@ -149,13 +143,6 @@ Bounds bounds(const Sieve &sieve, const Row &row, float lost, long panel) {
     return result;
 }
 
-float widened(std::uint16_t value) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(value) << 16;
-    float result;
-    std::memcpy(&result, &bits, 4);
-    return result;
-}
-
 // Panels in which the greatest value, rounded to bfloat16, can be; or as one of equals.
 std::vector<long> survivors(const Sieve &sieve, const Row &row) {
     const float lost = static_cast<float>(sieve.linear.k + 2) * 0x1p-23f;
@@ -193,7 +180,7 @@ extern "C" Sieve *understudy_sieve_new(const Linear *linear, const void *w, long
     std::atomic<bool> finite{true};
     parallel(sieve->panels, 1, [&](long begin, long end) {
         for (long panel = begin; panel < end && finite; panel++)
-            if (!fill(*sieve, static_cast<const std::uint16_t *>(w), w_stride, panel)) finite = false;
+            if (!fill(*sieve, static_cast<const bf16 *>(w), w_stride, panel)) finite = false;
     });
     return finite ? sieve.release() : nullptr;
 #else
@@ -209,7 +196,7 @@ extern "C" void understudy_sieve_free(Sieve *sieve) { delete sieve; }
 extern "C" long understudy_sieve(const Sieve *sieve, const void *x, void *y, std::int64_t *place, float *value) {
 #ifdef UNDERSTUDY_CODED
     const Linear &linear = sieve->linear;
-    const Row row(static_cast<const std::uint16_t *>(x), linear.k);
+    const Row row(static_cast<const bf16 *>(x), linear.k);
     if (!(row.step > 0.0f)) return -1;
     const std::vector<long> found = survivors(*sieve, row);
     const long count = static_cast<long>(found.size()), own = WIDTH / linear.width;  // of the weight's panels in one of the sieve's
@@ -221,7 +208,7 @@ extern "C" long understudy_sieve(const Sieve *sieve, const void *x, void *y, std
             kernels.multiply(linear, Rows{x, linear.k, y, linear.n, 1}, first, std::min(first + own, linear.panels));
         }
     });
-    const auto *values = static_cast<const std::uint16_t *>(y);
+    const auto *values = static_cast<const bf16 *>(y);
     *place = -1;
     for (const long panel : found)
         for (long j = panel * WIDTH; j < std::min(panel * WIDTH + WIDTH, linear.n); j++) {
